@@ -1,0 +1,443 @@
+"""Distils a light student from the weighted ensemble of its teachers.
+
+    python distill.py --T 2 --alpha 0.3:0.7                   # outputs/{deep_lab,best_model}.pth -> best_student.pth
+    python distill.py --cache-teachers                        # the teachers' answers are computed once and kept
+    python distill.py --demo                                  # everything in miniature, on drawn pictures
+    python distill.py --bench                                 # what a step costs here, beside the usual notebook's
+
+    L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A,   a from --alpha's start to its end
+
+In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
+
+Letters: B batch, C classes, S crop side, K teachers, h w = a map's sides at stride 4.
+"""
+import copy
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from transformers import SegformerForSemanticSegmentation
+
+import evaluate
+import train_teacher
+from data import (Batch, Crops, Fault, Pairs, Wholes, class_weights, collate, command, draw_affine, load_classes, loader, overlay,
+                  Parser, number, progress, read_image, read_mask, to_device, whole_image, whole_size, write_atomic, write_scenes)
+from losses import attention_loss, channel_loss, feature_loss, hard_loss, ramp, soft_loss
+from models import (Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, old_key, predict, scores)
+from train_teacher import file_digest, fit, open_data, processes
+
+TEACHERS = ("deep_lab.pth", "best_model.pth")
+
+
+# ---------------------------------------------------------------------------------------------- flags
+def parse_alpha(value):
+    """"0.3:0.7" -> (0.3, 0.7); "0.5" -> (0.5, 0.5)."""
+    try:
+        ends = [float(v) for v in value.split(":")]
+    except ValueError:
+        ends = []
+    if len(ends) not in (1, 2) or not all(0 <= v <= 1 for v in ends):
+        raise Fault(f"--alpha {value}: give START:END or one number, each in 0..1, such as 0.3:0.7")
+    return ends[0], ends[-1]
+
+
+def make_parser():
+    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
+    group = evaluate.add_model_flags(parser)
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH", help="the student's first weights; teacher: "
+                       "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
+    group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
+    kd = parser.add_argument_group("distillation")
+    positive, share = number(float, 0, open_low=True), number(float, 0)
+    kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
+    kd.add_argument("--alpha", default="0.3:0.7", metavar="START:END", help="share of the soft losses over the run (0.3:0.7)")
+    kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
+    kd.add_argument("--average", choices=["logits", "probs"], default="logits", help="what the ensemble averages (logits)")
+    kd.add_argument("--kl", type=share, default=1.0, help="weight of the loss per pixel (1)")
+    kd.add_argument("--cwd", type=share, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
+    kd.add_argument("--feature", type=share, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
+    kd.add_argument("--attention", type=share, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
+    kd.add_argument("--cache-teachers", action="store_true", help="teachers see each whole picture once; their maps are warped like the crops")
+    train_teacher.add_train_flags(parser)
+    whole = parser.add_argument_group("instead of a run")
+    whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature, compare them")
+    whole.add_argument("--bench", action="store_true", help="time every piece of a step at --size, --batch-size, --amp, --compile")
+    parser.set_defaults(arch="segformer-b1")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------- teachers
+class Teachers(nn.Module):
+    """The frozen teachers: eval mode, no gradients, BatchNorm folded, all in one forward without a graph."""
+
+    def __init__(self, models, weights, average):
+        super().__init__()
+        self.ensemble = Ensemble(models, weights, average)
+
+    @torch.no_grad()
+    def forward(self, x, features=False):
+        """(B, 3, S, S) -> ((B, C, S/4, S/4) logits of the ensemble, K lists of stages, empty unless asked for)."""
+        answers = [model(x, features=True) if features else (model(x), []) for model in self.ensemble.models]
+        return self.ensemble.combine([z.float() for z, _ in answers]), [stages for _, stages in answers]
+
+
+def load_teachers(args, classes):
+    """[(network, meta)] of --teachers, or of the two that train_teacher.py writes to --out."""
+    paths = args.teachers or [Path(args.out) / name for name in TEACHERS]
+    loaded = [load_model(path) for path in paths]
+    for path, (_, meta) in zip(paths, loaded, strict=True):
+        if [c["name"] for c in meta["classes"]] != [c["name"] for c in classes]:
+            raise Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes or train it again")
+    return paths, loaded
+
+
+def start_from_teacher(student, teachers):
+    """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each of the
+    student's blocks one of the teacher's, evenly chosen from first to last (as DistilBERT, Sanh et al. 2019, section 3)."""
+    fitting = [t for t in teachers if isinstance(t, SegFormer) and isinstance(student, SegFormer)
+               and t.config.hidden_sizes == student.config.hidden_sizes]
+    if not fitting:
+        raise Fault("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, random or a path")
+    teacher = fitting[0]
+    source = {old_key(key): value for key, value in teacher.state_dict().items()}
+    state = student.state_dict()
+    for key in state:
+        parts = old_key(key).split(".")
+        if parts[0] == "decode_head":
+            continue
+        if parts[2] == "block":                               # segformer.encoder.block.STAGE.BLOCK. ...
+            stage, block = int(parts[3]), int(parts[4])
+            mine, theirs = student.config.depths[stage], teacher.config.depths[stage]
+            parts[4] = str(round(block * (theirs - 1) / max(1, mine - 1)))
+        state[key] = source[".".join(parts)].clone()
+    student.load_state_dict(state)
+
+
+def make_adapters(student, teachers, size=64):
+    """For each teacher and stage a 1x1 convolution from the student's width to the teacher's, or nothing if they agree."""
+    x = torch.zeros(1, 3, size, size)
+    with torch.no_grad():
+        mine, *theirs = [copy.deepcopy(model).cpu().float().eval()(x, features=True)[1] for model in (student, *teachers)]
+    return nn.ModuleList(nn.ModuleList(nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1)
+                                       for s, t in zip(mine, stages, strict=True)) for stages in theirs)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+def make_loss(args, class_weight, teach=None, adapters=None):
+    """The distillation loss as fit() takes it. teach(batch) -> (teachers' logits, K lists of their stages), or None."""
+    start, end = parse_alpha(args.alpha)
+
+    def loss(forward, batch, fraction):
+        alpha = ramp(start, end, fraction)
+        wants_stages = bool(args.feature or args.attention)
+        z, stages = forward(batch.image, features=True) if wants_stages else (forward(batch.image), [])
+        hard = hard_loss(z, batch.mask, class_weight, batch.weight_sum)
+        total, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
+        if teach is None:
+            return total, parts
+        z_t, teacher_stages = teach(batch)
+        if args.kl:
+            soft, parts["logits_clamped"], parts["soft_clamped"] = soft_loss(z, z_t, batch.mask, args.T, batch.valid)
+            total, parts["soft"] = total + alpha * args.kl * soft, soft
+        if args.cwd:
+            parts["cwd"] = channel_loss(z, z_t, batch.mask) * batch.share
+            total = total + alpha * args.cwd * parts["cwd"]
+        if args.feature:
+            each = [feature_loss([adapt(s) for adapt, s in zip(adapter, stages, strict=True)], theirs)
+                    for adapter, theirs in zip(adapters, teacher_stages, strict=True)]
+            parts["feature"] = sum(each) / len(each) * batch.share
+            total = total + args.feature * parts["feature"]
+        if args.attention:
+            parts["attention"] = sum(attention_loss(stages, theirs) for theirs in teacher_stages) / len(teacher_stages) * batch.share
+            total = total + args.attention * parts["attention"]
+        return total, parts
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------- the teacher cache
+class Cache:
+    """The ensemble's logits of every whole training picture, float16 at stride 4, in one memory-mapped file.
+
+    Built in one pass that goes on where it was cut off; `key` names all that the maps depend on, another key means
+    another file. Teachers see the whole clean picture here, not the jittered crop."""
+
+    def __init__(self, folder, key, pairs, size):
+        self.folder, self.key, self.pairs = Path(folder), json.loads(json.dumps(key)), pairs
+        classes = len(pairs.classes)
+        self.shapes = [(classes, h // 4, w // 4) for w, h in (whole_size(*s, size) for s in pairs.sizes)]
+        self.starts = np.cumsum([0] + [int(np.prod(shape)) for shape in self.shapes])
+        self.sizes = torch.tensor(pairs.sizes, dtype=torch.float32)                  # (N, 2) width, height
+        self.size = size
+
+    def open(self, world):
+        """Maps the files; an old cache under another key is replaced. Returns which pictures are still to do."""
+        key, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
+        if world.rank == 0:
+            try:
+                stale = json.loads(key.read_text()) != self.key or values.stat().st_size != 2 * self.starts[-1]
+            except (OSError, ValueError):
+                stale = True
+            if stale:
+                self.create(key, values, done)
+        if world.size > 1:
+            dist.barrier(world.control)
+        self.values = np.memmap(values, np.float16, "r+")
+        self.done = np.memmap(done, np.uint8, "r+")
+        return np.flatnonzero(self.done == 0).tolist()
+
+    def create(self, key, values, done):
+        need, free = 2 * int(self.starts[-1]), shutil.disk_usage(self.folder).free
+        key.unlink(missing_ok=True)
+        if need > free:
+            raise Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some or use another --out")
+        try:
+            for path, length in ((values, need), (done, len(self.pairs))):
+                with open(path, "wb") as file:
+                    file.truncate(length)
+        except OSError as error:
+            raise Fault(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use another --out", status=1) from None
+        write_atomic(key, lambda file: file.write(json.dumps(self.key).encode()))
+
+    def build(self, ensemble, world, dtype, workers):
+        """Fills in what is missing, split over the processes; says beforehand what it takes."""
+        todo = self.open(world)
+        mine = todo[world.rank::world.size]
+        if mine:
+            images = loader(Wholes(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
+            start = time.perf_counter()
+            for n, (n_pair, (image,), _) in enumerate(progress(images, "teachers", total=len(mine))):
+                if n == 1:
+                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} pictures, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
+                              f"about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
+                z = scores(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
+                self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
+                self.done[n_pair] = 1
+            self.values.flush()
+        if world.size > 1:
+            dist.barrier(world.control)
+
+    def crops(self, batch, size):
+        """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the picture
+        repeat its border; the mask ignores them."""
+        device, index = batch.image.device, batch.index.tolist()
+        at = (torch.arange(size // 4, device=device) + 0.5) * 4
+        y, x = torch.meshgrid(at, at, indexing="ij")
+        centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
+        places = torch.einsum("bij,hwj->bhwi", batch.matrix, centres)                # picture coordinates
+        grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1
+        maps = [torch.from_numpy(self.values[self.starts[n]:self.starts[n + 1]].reshape(self.shapes[n])) for n in index]
+        if len({m.shape for m in maps}) == 1:
+            stacked = torch.stack(maps).to(device, non_blocking=True).float()
+            return F.grid_sample(stacked, grid, padding_mode="border", align_corners=False)
+        return torch.cat([F.grid_sample(m[None].to(device).float(), g[None], padding_mode="border", align_corners=False)
+                          for m, g in zip(maps, grid, strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def teaching(args, world, classes, train, student):
+    """(teach as make_loss takes it, adapters, identity of the teachers) of a run; loads teachers only where they count."""
+    soft = max(parse_alpha(args.alpha)) > 0 and (args.kl or args.cwd)
+    if not (soft or args.feature or args.attention or args.init == "teacher"):
+        return None, None, ()
+    if args.cache_teachers and (args.feature or args.attention):
+        raise Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, leave it out")
+    dtype = amp_dtype(args.amp, world.device)
+    paths, loaded = load_teachers(args, classes)
+    weights = evaluate.ensemble_weights(None if args.teacher_weights == "equal" else args.teacher_weights, [meta for _, meta in loaded])
+    identity = [("teachers", [file_digest(path) for path in paths])]
+    if args.init == "teacher":
+        start_from_teacher(student, [model for model, _ in loaded])
+    if not (soft or args.feature or args.attention):
+        return None, None, identity
+    adapters = make_adapters(student, [model for model, _ in loaded]) if args.feature else None
+    frozen = [freeze(model.to(world.device), meta["arch"], dtype) for model, meta in loaded]
+    if not args.cache_teachers:
+        teachers = Teachers(frozen, weights, args.average).to(world.device)
+        answer = torch.compile(teachers) if args.compile else teachers
+        return lambda batch: answer(batch.image, features=bool(args.feature or args.attention)), adapters, identity
+    key = {"teachers": identity[0][1], "weights": weights.tolist(), "average": args.average, "data": train.digest, "size": args.size,
+           "pictures": [f"{p.name} {p.stat().st_size}" for p, _ in train.pairs], "precision": str(dtype), "format": 1}
+    cache = Cache(args.out, key, train, args.size)
+    cache.build(Ensemble(frozen, weights, args.average).to(world.device), world, dtype, args.workers)
+    return lambda batch: (cache.crops(batch, args.size), []), None, identity
+
+
+@command
+def main(argv=()):
+    args = make_parser().parse_args(argv)
+    args.arch = full_name(args.arch)
+    if args.demo:
+        return demo(args, argv)
+    if args.bench:
+        return bench(args)
+    parse_alpha(args.alpha)
+    if args.teacher_weights not in ("equal", "auto"):
+        evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
+    classes = load_classes(args.classes)
+    with processes(args.device) as world:
+        train, val = open_data(args, world, classes)
+        class_weight = class_weights(train.counts, args.class_weights).to(world.device)
+        torch.manual_seed(args.seed)
+        student = build(args.arch, classes, "random" if args.init == "teacher" else args.init)
+        teach, adapters, identity = teaching(args, world, classes, train, student)
+        if args.compile:
+            world.say("--compile: the first steps take minutes, while student and teachers are compiled")
+        name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
+        return fit(student, args.arch, name, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight,
+                   adapters, identity)
+
+
+# ---------------------------------------------------------------------------------------------- the demo
+def demo(args, argv):
+    """Scenes, both teachers, the student, the comparison and an overlay, offline and small."""
+    out = Path("outputs/demo" if "--out" not in argv else args.out)
+    steps = args.steps or 60
+    print(f"demo: draws 40 desert scenes, trains DeepLabV3+ and SegFormer-B3 for {steps} steps each at 96 pixels, distils SegFormer-B1,\n"
+          f"compares the three and labels a scene; under five minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
+          "the scenes are drawn and the networks start from random weights.", flush=True)
+    if not (out / "data" / "val").is_dir():
+        write_scenes(out / "data", train=32, val=8, width=480, height=270)
+    common = ["--data", str(out / "data"), "--out", str(out), "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3",
+              "--batch-size", "4", "--eval-every", "4", "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
+    common += ["--overwrite"] * args.overwrite
+    train_teacher.main(["--arch", "deeplab", *common])
+    train_teacher.main(["--arch", "segformer", *common])
+    student, history = main(["--T", str(args.T), "--alpha", args.alpha, *common])
+    checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
+    evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
+    picture = sorted((out / "data" / "val" / "Color_Images").iterdir())[0]
+    image, (model, meta) = read_image(picture), load_model(checkpoints[-1])
+    labels = predict(model, whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
+    evaluate.save_picture(out / "overlay.png", overlay(image, labels, meta["classes"]))
+    print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
+    return student, history
+
+
+# ---------------------------------------------------------------------------------------------- the bench
+def original_step(device, dtype, images, masks, class_weight):
+    """The step of the notebook that this project replaces, as a function to time: torchvision's DeepLabV3 at output
+    stride 8 and transformers' SegFormers as they come, fp32 off a GPU, every map of logits brought to full size."""
+    stock = [SegformerForSemanticSegmentation(build(f"segformer-b{n}", range_classes(len(class_weight))).config) for n in (3, 1)]
+    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(class_weight))
+    teacher, student, deeplab = stock[0].to(device).eval(), stock[1].to(device).train(), deeplab.to(device).eval()
+    optimizer = torch.optim.AdamW(student.parameters(), 6e-5)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    dtype = dtype if device.type == "cuda" else None
+
+    def full(z):
+        return F.interpolate(z.float(), masks.shape[1:], mode="bilinear", align_corners=False)
+
+    def step():
+        with autocast(device, dtype):
+            with torch.no_grad():
+                z_t = 0.5 * full(deeplab(images)["out"]) + 0.5 * full(teacher(images).logits)
+            z_s = full(student(images).logits)
+            soft = F.kl_div((z_s / 2).log_softmax(1), (z_t / 2).softmax(1), reduction="none").sum(1).mean() * 4
+            loss = 0.5 * soft + 0.5 * F.cross_entropy(z_s, masks, class_weight, ignore_index=255)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+    return step
+
+
+def range_classes(count):
+    return [{"name": str(n), "id": n, "color": [n, n, n]} for n in range(count)]
+
+
+def bench(args):
+    """Prints what each piece of a step costs on this device, interleaved, and the ratios that matter. Needs no data."""
+    with tempfile.TemporaryDirectory() as folder, processes(args.device) as world:
+        return bench_in(args, Path(folder), world)
+
+
+def bench_in(args, folder, world):
+    device, classes, torch_seed = world.device, load_classes(), args.seed
+    dtype = amp_dtype(args.amp, device)
+    write_scenes(folder, train=max(8, args.batch_size), val=1)
+    pairs = Pairs(folder, "train", classes)
+    crops, rng = Crops(pairs, args.size, args.seed), np.random.default_rng(args.seed)
+    samples = [crops[0, n, n] for n in range(args.batch_size)]
+    batch: Batch = collate(samples)
+    ready, class_weight = to_device(batch, device), class_weights(pairs.counts).to(device)
+
+    torch.manual_seed(torch_seed)
+    networks = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
+    teachers = Teachers(list(networks.values()), torch.ones(2), args.average).to(device)
+    answer = torch.compile(teachers) if args.compile else teachers
+    cache = Cache(folder, {"bench": 0}, pairs, args.size)
+    cache.build(teachers.ensemble, world, dtype, 0)
+    kinds = {"online": lambda b: answer(b.image), "cached": lambda b: (cache.crops(b, args.size), []), "alone": None}
+    sums: dict = {kind: {} for kind in kinds}
+    jobs = {kind: train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", make_loss(args, class_weight, teach), class_weight,
+                                         world, dtype, args.lr, args.seed, compiled=args.compile) for kind, teach in kinds.items()}
+    bare = train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", None, class_weight, world, dtype, args.lr, args.seed,
+                                  compiled=args.compile)
+
+    def bare_teachers():
+        with torch.no_grad(), autocast(device, dtype):
+            return answer(ready.image)
+
+    with torch.no_grad(), autocast(device, dtype):
+        fixed = teachers(ready.image)[0]
+
+    def bare_student():
+        with autocast(device, dtype):
+            z = bare.forward(ready.image)
+            loss = 0.5 * soft_loss(z, fixed, ready.mask, 2.0)[0] + 0.5 * hard_loss(z, ready.mask, class_weight)
+        bare.scaler.scale(loss).backward()
+        bare.scaler.step(bare.optimizer)
+        bare.scaler.update()
+        bare.optimizer.zero_grad(set_to_none=True)
+
+    def run(kind):
+        train_teacher.train_step(jobs[kind], [batch], 1, 100, sums[kind])
+
+    calls = {"original step": original_step(device, dtype, ready.image, ready.mask, class_weight),
+             "bare teachers": bare_teachers, "bare student": bare_student, "step online": lambda: run("online"),
+             "step cached": lambda: run("cached"), "student alone": lambda: run("alone")}
+    if device.type == "cuda":
+        for _ in range(3):
+            run("online")
+        torch.cuda.reset_peak_memory_stats(device)
+        run("online")
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    times = dict(zip(calls, evaluate.time_interleaved(list(calls.values()), device, seconds=8 if device.type == "cpu" else 3), strict=True))
+
+    def decode():
+        read_image(pairs.pairs[0][0])
+        read_mask(pairs.pairs[0][1])
+
+    files = {"decode a pair": decode, "decode and augment": lambda: pairs.crop(0, args.size, draw_affine(rng, *pairs.sizes[0], args.size))}
+    times |= dict(zip(files, evaluate.time_interleaved(list(files.values()), device, seconds=2), strict=True))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device.type}, {name}, {str(dtype or torch.float32).removeprefix('torch.')}, {args.batch_size} crops of {args.size}x{args.size}"
+          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n\n{'piece':22} {'median ms':>10} {'lowest':>9} {'highest':>9}")
+    for piece, (median, low, high) in times.items():
+        print(f"{piece:22} {median:10.1f} {low:9.1f} {high:9.1f}")
+    ms = {piece: median for piece, (median, _, _) in times.items()}
+    ratios = {"original / online": (ms["original step"] / ms["step online"], ">= 3.5"),
+              "original / cached": (ms["original step"] / ms["step cached"], ">= 9"),
+              "online / bare pieces": (ms["step online"] / (ms["bare teachers"] + ms["bare student"]), "<= 1.05"),
+              "cached / student alone": (ms["step cached"] / ms["student alone"], "<= 1.25"),
+              "augmentation, ms a pair": (ms["decode and augment"] - ms["decode a pair"], "<= 8")}
+    print(f"\n{'ratio':24} {'here':>7}   aim")
+    for what, (value, aim) in ratios.items():
+        print(f"{what:24} {value:7.2f}   {aim}")
+    if device.type == "cuda":
+        print(f"\npeak GPU memory of a step online: {memory:.2f} GiB (aim: 12 at 512x512, batch 8)")
+    return {**ms, **{what: value for what, (value, _) in ratios.items()}}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,397 @@
+"""Scores that can be compared: one confusion matrix for a whole split, at the masks' own resolution.
+
+    python evaluate.py                                        # the teachers and the student in outputs/
+    python evaluate.py CKPT ... --data DIR --split val --ensemble
+
+Prints one table (parameters, GMACs, mIoU, speed measured side by side), IoU, precision and recall by class.
+A class that no mask holds is n/a: it counts as 0 in the mIoU over all classes and is left out of the one over
+the classes present; both are printed.
+
+Letters: C classes, H W sides of a stored mask. Matrix rows are truth, columns predictions.
+"""
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import (IGNORE, Fault, Pairs, Parser, Wholes, add_data_flags, command, find_data, font, load_classes, loader, number,
+                  overlay, progress, read_image, side, whole_size, write_atomic)
+from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict, scores, upsampled_labels
+
+NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
+
+
+# ---------------------------------------------------------------------------------------------- scores
+def confusion(labels, target, classes):
+    """(H, W) predicted and true indices -> (C, C) int64 pixel counts; pixels whose truth is 255 do not count."""
+    keep = target != IGNORE
+    return torch.bincount(target[keep].long() * classes + labels[keep].long(), minlength=classes**2).view(classes, classes)
+
+
+def summary(matrix, classes):
+    """(C, C) -> {"miou", "miou_present", "pixel_accuracy", "iou", "precision", "recall"}; by class name, None if absent."""
+    m = matrix.double().cpu()
+    hit, truth, said = m.diag(), m.sum(1), m.sum(0)
+    present = (truth > 0).tolist()
+    iou, precision, recall = hit / (truth + said - hit), hit / said.clamp(min=1), hit / truth.clamp(min=1)
+    table = {key: {entry["name"]: float(v) if here else None for entry, v, here in zip(classes, values, present, strict=True)}
+             for key, values in (("iou", iou), ("precision", precision), ("recall", recall))}
+    known = [v for v in table["iou"].values() if v is not None]
+    return {"miou": sum(known) / len(classes), "miou_present": sum(known) / max(1, len(known)),
+            "pixel_accuracy": float(hit.sum() / m.sum().clamp(min=1)), **table}
+
+
+def evaluate(model, pairs, size, dtype=None, workers=0, numbers=None):
+    """The (C, C) confusion matrix of a network over a split, summed over processes if there are several.
+
+    `numbers`: which pairs this process looks at (all by default)."""
+    classes = len(pairs.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=next(model.parameters()).device)
+    images = loader(Wholes(pairs, [size]), workers, matrix.is_cuda, range(len(pairs)) if numbers is None else numbers)
+    for _, (image,), target in images:
+        matrix += confusion(predict(model, image, target.shape, dtype)[0], target.to(matrix.device), classes)
+    if dist.is_initialized():
+        dist.all_reduce(matrix)
+    return matrix
+
+
+def frozen_copy(model, arch, dtype):
+    """What validation, evaluate.py and infer.py run: the same folded network, so that their labels are equal."""
+    return freeze(copy.deepcopy(model), arch, dtype)
+
+
+# ---------------------------------------------------------------------------------------------- speed
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_interleaved(calls, device, seconds=3.0, least=5):
+    """Milliseconds of each call, [(median, lowest, highest)]: run in turn after a warm-up, so that a machine that
+    slows down slows all of them."""
+    for call in calls:
+        call()
+    times: list = [[] for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    while len(times[0]) < least or (time.perf_counter() < end and len(times[0]) < 100):
+        for call, kept in zip(calls, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            kept.append(1000 * (time.perf_counter() - start))
+    return [(statistics.median(t), min(t), max(t)) for t in times]
+
+
+@torch.no_grad()
+def count_gmacs(model, width=512, height=512):
+    """Multiply-adds of one forward, in 1e9, as torch counts them (matrix products, convolutions, attention products)."""
+    x = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x)
+    return counter.get_total_flops() / 2e9
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
+LINES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207)]
+
+
+def draw_panel(draw, box, title, series, colors):
+    """One line chart: series is {name: [(x, y)]}, y None where there is no value."""
+    left, top, right, bottom = box[0] + 64, box[1] + 34, box[2] - 190, box[3] - 30
+    points = [p for line in series.values() for p in line if p[1] is not None]
+    draw.text((left, box[1] + 6), title, INK, font(18))
+    if not points:
+        return
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0, *ys), max(max(ys), 1e-9)
+    for n in range(5):
+        y = bottom - n * (bottom - top) / 4
+        draw.line((left, y, right, y), GRID)
+        draw.text((left - 6, y), f"{y0 + n * (y1 - y0) / 4:.3g}", INK, font(13), anchor="rm")
+        x = left + n * (right - left) / 4
+        draw.text((x, bottom + 6), f"{x0 + n * (x1 - x0) / 4:.3g}", INK, font(13), anchor="ma")
+    for n, (name, line) in enumerate(series.items()):
+        spots = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+                 for x, y in line if y is not None]
+        if len(spots) > 1:
+            draw.line(spots, colors[n % len(colors)], 2)
+        for x, y in spots if len(spots) < 60 else []:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), colors[n % len(colors)])
+        y = top + 18 * n
+        draw.rectangle((right + 12, y + 2, right + 24, y + 12), colors[n % len(colors)])
+        last = next((f" {v:.3g}" for _, v in reversed(line) if v is not None), " n/a")
+        draw.text((right + 30, y), name[:16] + last, INK, font(13))
+
+
+def draw_curves(history, classes, parts):
+    """Epoch records -> a picture of loss and parts, mIoU, IoU by class, and the balance alpha."""
+    def line(key, of=lambda record, key: record.get(key)):
+        return [(record["epoch"], of(record, key)) for record in history]
+
+    image = Image.new("RGB", (1400, 900), PAPER)
+    draw = ImageDraw.Draw(image)
+    by_class = {c["name"]: line(c["name"], lambda r, name: (r.get("val_iou") or {}).get(name)) for c in classes}
+    panels = [("loss and its parts, by epoch", {key: line(key) for key in ("loss", *parts)}, LINES),
+              ("validation mIoU", {"mIoU": line("val_miou"), "pixel accuracy": line("val_pixel_accuracy")}, LINES),
+              ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
+              ("alpha and learning rate / highest", {"alpha": line("alpha"), "lr": [
+                  (r["epoch"], r["lr"] / max(q["lr"] for q in history)) for r in history]}, LINES)]
+    for n, panel in enumerate(panels):
+        x, y = n % 2 * 700, n // 2 * 450
+        draw_panel(draw, (x, y, x + 700, y + 450), *panel)
+    return image
+
+
+def draw_confusion(matrix, classes):
+    """Shares of each true class (row) by predicted class (column) in percent, legible with 10 and with 30 classes."""
+    share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    count, cell = len(classes), max(34, min(64, 1400 // len(classes)))
+    size = cell // 3 + 2
+    margin = int(max(font(15).getlength(c["name"][:24]) for c in classes)) + 24
+    side_length = margin + count * cell + 12
+    image = Image.new("RGB", (side_length, side_length + 24), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 6), "row: truth, column: prediction, % of row", INK, font(14))
+    for n, entry in enumerate(classes):
+        at = margin + n * cell
+        draw.text((margin - 8, at + 24 + cell / 2), entry["name"][:24], INK, font(15), anchor="rm")
+        tall = Image.new("RGB", (margin, cell), PAPER)        # column names stand upright
+        ImageDraw.Draw(tall).text((4, cell / 2), entry["name"][:24], INK, font(15), anchor="lm")
+        image.paste(tall.rotate(90, expand=True), (at, 24))
+        for m in range(count):
+            value = float(share[n, m])
+            x, y = margin + m * cell, at + 24
+            shade = tuple(int(255 - value * (255 - v)) for v in (20, 90, 160))
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
+            if value >= 0.005:
+                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", PAPER if value > 0.5 else INK, font(size), anchor="mm")
+        if not matrix[n].sum():
+            draw.text((margin + 6, at + 24 + cell / 2), "n/a: in no mask", INK, font(14), anchor="lm")
+    return image
+
+
+def worst_sheet(pairs, n, labels):
+    """picture | truth | prediction | errors (red: wrong, grey: ignored)."""
+    picture, target = read_image(pairs.pairs[n][0]), torch.from_numpy(pairs.get_raw_mask(n))
+    wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
+    wrong[target == IGNORE] = 128
+    wrong[(labels != target) & (target != IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
+    known = target.where(target != IGNORE, 255)
+    parts = [picture, overlay(picture, known.numpy(), pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
+             Image.blend(picture, Image.fromarray(wrong.numpy()), 0.7)]
+    sheet = Image.new("RGB", (sum(p.width for p in parts), picture.height))
+    for k, part in enumerate(parts):
+        sheet.paste(part, (k * picture.width, 0))
+    return sheet
+
+
+def save_picture(path, image):
+    write_atomic(path, lambda file: image.save(file, "PNG"))
+
+
+# ---------------------------------------------------------------------------------------------- the table
+def text(value, form):
+    return "n/a" if value is None else format(value, form)
+
+
+def print_table(rows, classes, sizes):
+    """The table of rows (see `main`), then IoU, precision and recall by class."""
+    width = max(8, *(len(row["name"]) for row in rows))
+    has_ensemble = any("agreement" in row for row in rows)
+    heads = ["params M", "GMACs", "mIoU", "present", "pixel acc"] + ["to ensemble", "agreement"] * has_ensemble + \
+        [f"{h}x{w}: ms (spread)  FPS" for h, w in sizes] + ["<50 ms", "MB"]
+    print(f"{'model':{width}}  " + "  ".join(f"{head:>9}" for head in heads))
+    for row in rows:
+        cells = [f"{row['params'] / 1e6:.1f}", text(row["gmacs"], ".1f"), f"{row['miou']:.4f}", f"{row['miou_present']:.4f}",
+                 f"{row['pixel_accuracy']:.4f}"]
+        if has_ensemble:
+            cells += [f"{row['to_ensemble']:+.4f}", f"{row['agreement']:.4f}"]
+        cells += [f"{s['ms']:.1f} ({s['lowest']:.1f}-{s['highest']:.1f})  {s['fps']:.1f}" for s in row["speed"]]
+        cells += ["yes" if all(s["ms"] < 50 for s in row["speed"]) else "no", f"{row['size'] / 1e6:.1f}"]
+        print(f"{row['name']:{width}}  " + "  ".join(f"{cell:>{max(9, len(head))}}" for cell, head in zip(cells, heads, strict=True)))
+    wide = max(len(c["name"]) for c in classes)
+    print(f"\n{'IoU / precision / recall':{max(wide, 24)}}  " + "  ".join(f"{row['name'][:22]:>22}" for row in rows))
+    for entry in classes:
+        cells = [" / ".join(text(row[key][entry["name"]], ".3f") for key in ("iou", "precision", "recall")) for row in rows]
+        print(f"{entry['name']:{max(wide, 24)}}  " + "  ".join(f"{cell:>22}" for cell in cells))
+
+
+def add_model_flags(parser):
+    """Flags of everything that runs a trained network."""
+    group = parser.add_argument_group("networks")
+    group.add_argument("--arch", choices=ARCHS, help="architecture, for bare state dicts only")
+    group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto: what the device does natively)")
+    return group
+
+
+def pick_device(name):
+    """torch.device of --device; auto takes cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": name == "cpu"}.get(kind)
+    if not usable or (kind == "cuda" and name.count(":") and not name[5:].isdigit()):
+        raise Fault(f"--device {name}: not to be had here; use auto, cuda, mps or cpu")
+    return torch.device(name)
+
+
+def found_checkpoints(folder):
+    """The teachers and the student that the scripts write to `folder`."""
+    paths = [Path(folder) / f"{name}.pth" for name in (*NAMES.values(), "best_student")]
+    return [path for path in paths if path.exists()]
+
+
+def parse_weights(value, count, where="--teacher-weights"):
+    """"0.5:0.5" -> (K,) tensor, normalised; a Fault for a wrong number of weights, negative ones or zeros only."""
+    try:
+        weights = torch.tensor([float(v) for v in value.split(":")], dtype=torch.float64)
+    except ValueError:
+        weights = torch.tensor([float("nan")])
+    if len(weights) != count or not weights.isfinite().all() or (weights < 0).any() or weights.sum() <= 0:
+        raise Fault(f"{where} {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
+    return weights / weights.sum()
+
+
+def ensemble_weights(value, metas):
+    """(K,) or, for "auto", (K, C) weights: each teacher counts for a class by its validation IoU of it."""
+    if value != "auto":
+        return parse_weights(value, len(metas)) if value else torch.full((len(metas),), 1 / len(metas))
+    names = [c["name"] for c in metas[0]["classes"]]
+    if any(meta["val_iou"].get(name) is None and not meta["val_iou"] for meta in metas for name in names):
+        raise Fault("--teacher-weights auto: a teacher's checkpoint holds no validation IoU; give numbers instead")
+    iou = torch.tensor([[meta["val_iou"].get(name) or 0.0 for name in names] for meta in metas])     # (K, C)
+    return iou.where(iou.sum(0) > 0, 1.0)
+
+
+@command
+@torch.no_grad()
+def main(argv=()):
+    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python evaluate.py outputs/*.pth --ensemble --json scores.json")
+    parser.add_argument("checkpoints", nargs="*", help="(default: the teachers and the student in outputs/)")
+    data = add_data_flags(parser)
+    data.add_argument("--split", default="val", help="folder below --data, or . if --data itself holds Color_Images (val)")
+    data.add_argument("--size", type=side, help="shorter side that the networks see, pixels (that of training)")
+    data.add_argument("--workers", type=number(int, 0, 256), default=2, help="processes that read files (2)")
+    group = add_model_flags(parser)
+    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
+    group.add_argument("--teacher-weights", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
+    group.add_argument("--tta", choices=["flip"], help="also score the mean with the mirrored picture, in rows of its own")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="also write the table there")
+    output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="pictures of the N lowest scores (0)")
+    output.add_argument("--out", metavar="DIR", default="outputs", help="where pictures go (outputs)")
+    args = parser.parse_args(argv)
+
+    device = pick_device(args.device)
+    dtype = amp_dtype(args.amp, device)
+    paths = args.checkpoints or found_checkpoints("outputs")
+    if not paths:
+        raise Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
+    classes = load_classes(args.classes)
+    loaded = [load_model(path, args.arch, classes) for path in paths]
+    table = loaded[0][1]["classes"]
+    for path, (_, meta) in zip(paths, loaded, strict=True):
+        if [c["name"] for c in meta["classes"]] != [c["name"] for c in table]:
+            raise Fault(f"{path}: was trained on another class table than {paths[0]}; evaluate them apart")
+    pairs = Pairs(find_data(args.data), args.split, classes if args.classes else table, args.masks)
+    if [c["name"] for c in pairs.classes] != [c["name"] for c in table]:
+        raise Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
+    print(pairs.describe())
+    rows = build_rows(args, paths, loaded, pairs, device, dtype)
+    score_rows(args, rows, pairs, dtype)
+    sizes = measure_speed(rows, pairs, device, dtype)
+    print(f"speed: batch 1, {device.type}{' ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}, "
+          f"{str(dtype or torch.float32).removeprefix('torch.')}, {torch.get_num_threads()} threads, median of interleaved runs\n")
+    print_table(rows, pairs.classes, sizes)
+    if args.json:
+        hidden = ("model", "matrix", "flip", "members", "input", "lowest")
+        models = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+        content = {"split": args.split, "pairs": len(pairs), "device": device.type, "models": models}
+        write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    return rows
+
+
+def build_rows(args, paths, loaded, pairs, device, dtype):
+    """A row of the table for each checkpoint, each with --tta, and the ensemble."""
+    rows, stems = [], [Path(path).stem for path in paths]
+    for path, stem, (model, meta) in zip(paths, stems, loaded, strict=True):
+        params = sum(p.numel() for p in model.parameters())
+        row = {"name": stem if stems.count(stem) == 1 else str(path), "params": params, "size": Path(path).stat().st_size,
+               "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"])), "input": args.size or meta["size"], "flip": False,
+               "model": freeze(model.to(device), meta["arch"], dtype)}
+        rows.append(row)
+        if args.tta:
+            rows.append({**row, "name": f"{row['name']} + flip", "gmacs": 2 * row["gmacs"], "flip": True})
+    if args.ensemble:
+        members = [n for n, row in enumerate(rows) if not row["flip"] and not Path(row["name"]).stem.startswith(("best_student", "student"))]
+        if not members:
+            raise Fault("--ensemble: all checkpoints are students; name the teachers too")
+        metas = [loaded[n // (2 if args.tta else 1)][1] for n in members]
+        model = Ensemble([rows[n]["model"] for n in members], ensemble_weights(args.teacher_weights, metas)).to(device)
+        rows.append({"name": "ensemble", "model": model, "members": members, "flip": False, "input": rows[members[0]]["input"],
+                     **{key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}})
+    for row in rows:
+        row["matrix"] = torch.zeros(len(pairs.classes), len(pairs.classes), dtype=torch.int64, device=device)
+    return rows
+
+
+def score_rows(args, rows, pairs, dtype):
+    """One pass over the split for all rows; fills in the scores and writes the pictures."""
+    classes, inputs = pairs.classes, sorted({row["input"] for row in rows})
+    has_ensemble = "members" in rows[-1]
+    agree, pixels, lowest = [0] * len(rows), 0, [[] for _ in rows]
+    loaded = loader(Wholes(pairs, inputs), args.workers, False, range(len(pairs)))
+    for n, images, target in progress(loaded, "scoring", total=len(pairs)):
+        zs = []
+        for row in rows:
+            zs.append(row["model"].combine([zs[k] for k in row["members"]]) if "members" in row else
+                      scores(row["model"], images[inputs.index(row["input"])], dtype, row["flip"]))
+        labels = [upsampled_labels(z, target.shape)[0] for z in zs]
+        pixels += target.numel()
+        for k, row in enumerate(rows):
+            matrix = confusion(labels[k], target.to(labels[k].device), len(classes))
+            row["matrix"] += matrix
+            agree[k] += int((labels[k] == labels[-1]).sum()) if has_ensemble else 0
+            lowest[k].append((summary(matrix, classes)["miou_present"], n))
+    for k, row in enumerate(rows):
+        row.update(summary(row["matrix"], classes))
+        name = "".join(c if c.isalnum() else "_" for c in row["name"])
+        save_picture(Path(args.out) / f"confusion_{name}.png", draw_confusion(row["matrix"].cpu(), classes))
+        for score, n in sorted(lowest[k])[:args.save_worst]:
+            image = Wholes(pairs, [row["input"]])[n][1][0]
+            worst = predict(row["model"], image, pairs.sizes[n][::-1], dtype, row["flip"])[0].cpu()
+            save_picture(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, worst))
+    if has_ensemble:
+        for row, same in zip(rows, agree, strict=True):
+            row["to_ensemble"], row["agreement"] = row["miou"] - rows[-1]["miou"], same / pixels
+
+
+def measure_speed(rows, pairs, device, dtype):
+    """Fills in ms and FPS of predict() at 512x512 and at what the first picture becomes; returns both (h, w)."""
+    width, height = whole_size(*pairs.sizes[0], rows[0]["input"])
+    sizes = [(512, 512), (height, width)]
+    for row in rows:
+        row["speed"] = []
+    for h, w in sizes:
+        image = torch.zeros(1, 3, h, w, dtype=torch.uint8, device=device)
+        calls = [lambda row=row, image=image, h=h, w=w: predict(row["model"], image, (h, w), dtype, row["flip"]) for row in rows]
+        for row, (median, low, high) in zip(rows, time_interleaved(calls, device), strict=True):
+            row["speed"].append({"height": h, "width": w, "ms": median, "lowest": low, "highest": high, "fps": 1000 / median})
+    for row in rows:
+        row["ms"], row["fps"] = row["speed"][0]["ms"], row["speed"][0]["fps"]
+    return sizes
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,543 @@
+"""Trains a teacher, or any of the networks alone; holds the only training loop of the project, fit().
+
+    python train_teacher.py --arch deeplab                    # -> outputs/deep_lab.pth
+    python train_teacher.py --arch segformer                  # -> outputs/best_model.pth
+    torchrun --nproc-per-node=2 train_teacher.py --arch segformer
+
+The same command again goes on at the very next step after a crash, Ctrl-C or the end of a kernel's time: everything
+random is drawn from (seed, step), so that a checkpoint holds weights, optimizer, scaler, step and sums, and the
+resumed run ends with the bits of the uninterrupted one (CPU, same thread count).
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torchvision
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (Crops, Fault, Order, Pairs, Parser, add_data_flags, class_weights, command, find_data, load_classes, loader, number,
+                  rare_odds, side, to_device, write_atomic)
+from evaluate import NAMES, add_model_flags, draw_curves, evaluate, frozen_copy, pick_device, save_picture, summary
+from losses import hard_loss, valid_of, weight_of
+from models import ARCHS, amp_dtype, autocast, build, full_name, memory_format, read_file, save_model
+
+COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
+SLOW = 10                                        # steps between two looks at what lies on the device
+
+
+# ---------------------------------------------------------------------------------------------- flags
+def add_train_flags(parser, size=512):
+    """The flags that train_teacher.py and distill.py share."""
+    data = add_data_flags(parser)
+    data.add_argument("--size", type=side, default=size, help=f"side of a crop, shorter side of a whole picture, pixels ({size})")
+    data.add_argument("--workers", type=number(int, 0, 256), default=min(4, os.cpu_count() or 1), help="processes that read files (up to 4)")
+    data.add_argument("--rare-class-sampling", action="store_true", help="draw pictures that hold rare classes more often (DAFormer)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs (50)")
+    train.add_argument("--steps", type=number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
+    train.add_argument("--batch-size", type=number(int, 1), default=8, help="pictures a process and forward (8)")
+    train.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
+    train.add_argument("--lr", type=number(float, 0, open_low=True), default=6e-5, help="AdamW rate of the encoder, the head has ten times it (6e-5)")
+    train.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median", help="of the hard loss (median frequency)")
+    train.add_argument("--eval-every", type=number(int, 1), default=1, metavar="N", help="epochs between validations (1)")
+    train.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation (0)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="DIR", default="outputs", help="checkpoints, log and curves (outputs)")
+    run.add_argument("--save-minutes", type=number(float, 0), default=10, help="minutes between two states on disk (10)")
+    run.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
+    run.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+
+
+# ---------------------------------------------------------------------------------------------- processes and signals
+class World(NamedTuple):
+    """This process among those that torchrun started."""
+    rank: int
+    size: int
+    device: torch.device
+    control: object = None                       # a gloo group for what the host decides, off the GPU's stream
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def agree(self, *values):
+        """The largest of each value over all processes."""
+        if self.size == 1:
+            return values
+        shared = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return shared.tolist()
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Joins the processes that torchrun started, nccl on GPUs and gloo elsewhere; yields this one's World."""
+    device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+class Signals:
+    """Remembers the first SIGINT or SIGTERM; a second one stops at once. Handlers only in the main thread."""
+
+    def __init__(self):
+        self.number, self.previous = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGINT, signal.SIGTERM):
+                self.previous[which] = signal.signal(which, self.take)
+        return self
+
+    def take(self, which, frame):
+        self.number = which
+        signal.signal(which, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for which, handler in self.previous.items():
+            signal.signal(which, handler)
+
+
+# ---------------------------------------------------------------------------------------------- pure schedules
+def learning_rate(step, total, peak):
+    """Linear warm-up over a twentieth of the run (at most 1500 steps), then polynomial decay of power 1 (SegFormer)."""
+    warm = min(1500, max(1, total // 20))
+    return peak * min(1.0, (step + 1) / warm) * (1 - step / total)
+
+
+def parameter_groups(model, arch, lr, extras=None):
+    """AdamW groups: head (and adapters) at ten times the encoder's rate, no decay on norms and biases."""
+    encoder = "backbone." if arch == "deeplab" else "segformer."
+    groups = {(peak, decay): [] for peak in (lr, 10 * lr) for decay in (0.0, 0.01)}
+    for name, parameter in (*model.named_parameters(), *(extras.named_parameters() if extras else ())):
+        groups[lr if name.startswith(encoder) else 10 * lr, 0.01 if parameter.ndim > 1 else 0.0].append(parameter)
+    return [{"params": params, "peak": peak, "weight_decay": decay} for (peak, decay), params in groups.items() if params]
+
+
+# ---------------------------------------------------------------------------------------------- one step
+class Job(NamedTuple):
+    """What a training step works on."""
+    model: torch.nn.Module
+    forward: torch.nn.Module                     # the model, or it in DistributedDataParallel, or compiled
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loss: Callable                               # loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number})
+    class_weight: torch.Tensor                   # (C,)
+    world: World
+    dtype: torch.dtype | None
+    seed: int
+
+
+def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, extras=None, compiled=False):
+    """Puts a network and its adapters on the device, with their optimizer, as fit() and the bench use them."""
+    model.to(world.device, memory_format=memory_format(arch)).train()
+    forward = model
+    if world.size > 1:
+        gpu = world.device.type == "cuda"
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
+        forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
+        for parameter in extras.parameters() if extras is not None else ():
+            parameter.register_hook(average_over_processes)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    optimizer = torch.optim.AdamW(parameter_groups(model, arch, lr, extras), fused=True)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    return Job(model, torch.compile(forward) if compiled else forward, optimizer, scaler, loss, class_weight, world, dtype, seed)
+
+
+def average_over_processes(gradient):
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
+
+
+def backward(job, batches, step, fraction):
+    """Gradients of one step from its micro-batches; returns {"loss": ..., parts of the loss} as 0-d tensors on the device.
+
+    What the losses are divided by is summed over micro-batches and processes first: two half batches, or two
+    processes with half a batch each, give the gradient of the whole."""
+    world = job.world
+    batches = [to_device(batch, world.device) for batch in batches]
+    norms = torch.stack([sum(weight_of(b.mask, job.class_weight) for b in batches), sum(valid_of(b.mask) for b in batches).float()])
+    if world.size > 1:
+        dist.all_reduce(norms)
+        norms /= world.size                                   # DistributedDataParallel takes the mean of gradients
+    total: dict = {}
+    for n, batch in enumerate(batches):
+        batch = batch._replace(weight_sum=norms[0], valid=norms[1], share=1 / len(batches))
+        torch.manual_seed(hash((job.seed, step, n, world.rank)) & (2**63 - 1))       # dropout: nothing to store
+        last = world.size == 1 or n == len(batches) - 1
+        with contextlib.nullcontext() if last else job.forward.no_sync():
+            with autocast(world.device, job.dtype):
+                loss, parts = job.loss(job.forward, batch, fraction)
+            job.scaler.scale(loss).backward()
+        for name, part in {"loss": loss, **parts}.items():
+            part = part.detach() if isinstance(part, torch.Tensor) else part / len(batches)
+            total[name] = total.get(name, 0) + part
+    return total
+
+
+def update(job, kept):
+    """Clips, then one optimizer step that a gradient norm which is not finite suppresses, all on the device.
+
+    `kept`: copies of the BatchNorm buffers from before the step, put back in that case. Returns whether it was finite."""
+    optimizer = job.optimizer
+    job.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    finite = norm.isfinite()
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()              # read by the fused AdamW kernel
+    optimizer.step()
+    if job.scaler.is_enabled():
+        job.scaler.update()
+    for buffer, old in zip(job.model.buffers(), kept, strict=True):
+        buffer.copy_(old.where(~finite, buffer))
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+def train_step(job, batches, step, total, sums):
+    """One step, and its figures added to `sums` on the device. Returns (parts of the loss, whether it was finite)."""
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(step, total, group["peak"])
+    kept = [buffer.clone() for buffer in job.model.buffers()]
+    parts = backward(job, batches, step, step / max(1, total - 1))
+    finite = update(job, kept)
+    exact = torch.float32 if job.world.device.type == "mps" else torch.float64
+    values = torch.stack([v.to(exact) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=exact, device=finite.device)
+                          for v in parts.values()])
+    values = torch.cat([values.where(finite, 0), torch.stack([finite, ~finite]).to(exact)])
+    names = (*parts, "steps", "skipped")
+    if "values" not in sums:
+        sums.update(names=list(names), values=torch.zeros_like(values))
+    sums["values"] += values
+    return parts, finite
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=None, identity=()):
+    """Trains `model`; returns it and the list of epoch records. Goes on where the same run was left.
+
+    loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number}); fraction runs 0 -> 1.
+    extras: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
+    device, out, started = world.device, Path(args.out), time.time()
+    dtype = amp_dtype(args.amp, device)
+    odds = rare_odds(train.counts) if args.rare_class_sampling else None
+    order = Order(len(train), args.batch_size, args.seed, 0, 0, args.accumulate, world.rank, world.size, odds)
+    per_epoch = order.steps_per_epoch
+    check_batch(args, arch, len(train), world.size, per_epoch)
+    total = min(args.epochs * per_epoch, args.steps or math.inf)
+    job = make_job(model, arch, loss, class_weight, world, dtype, args.lr, args.seed, extras, args.compile)
+    model, optimizer, scaler = job.model, job.optimizer, job.scaler
+
+    path = out / "checkpoints" / f"{name}.pth"
+    who = {**vars(args), "device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **dict(identity)}
+    who = {key: value for key, value in who.items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
+    state = find_state(path, out / f"{name}.pth", who, args.overwrite)
+    step, history, best, sums = 0, [], -1.0, {}
+    header = describe_run(name, args, model, train, val, device, dtype, world, total)
+    if state:
+        model.load_state_dict(state["model_state_dict"])
+        kept = state["training"]
+        step, history, best, header = kept["step"], kept["history"], kept["best"], kept["header"]
+        if kept["sums"]:
+            values = kept["sums"]["values"].to(device)
+            sums = {"names": kept["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
+        if kept["done"]:
+            write_log(world, out / f"{name}.jsonl", header, history)
+            world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
+            return model, history
+        optimizer.load_state_dict(kept["optimizer"])
+        scaler.load_state_dict(kept["scaler"])
+        if extras is not None:
+            extras.load_state_dict(kept["extras"])
+        world.say(f"{name}: goes on after step {step} of {total}")
+    else:
+        world.say(f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
+                  f"{args.batch_size * args.accumulate * world.size}, {header['run']['device']}, {header['run']['precision']}")
+        write_log(world, out / f"{name}.jsonl", header, history)
+
+    def save_state(done=False):
+        """Sums are added up over the processes; only the first one writes."""
+        summed = over_processes(sums, world)
+        if world.rank == 0:
+            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed, "who": who, "done": done}
+            if not done:
+                training |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                             "extras": extras.state_dict() if extras is not None else {}}
+            save_model(path, model, arch, train.classes, **about(), training=training)
+
+    def about():
+        last = history[-1] if history else {}
+        return {"size": args.size, "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
+                "val_iou": last.get("val_iou") or {}, "args": plain(vars(args))}
+
+    def validate():
+        """The scores of the present weights, or None if a signal came in between."""
+        if world.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        numbers = Stoppable(range(world.rank, len(val), world.size), signals if world.size == 1 else None)
+        matrix = evaluate(frozen_copy(model, arch, dtype), val, args.size, dtype, args.workers, numbers)
+        return None if numbers.stopped else summary(matrix, val.classes)
+
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(device)
+
+    order.start, order.stop = step, total
+    batches = loader(Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
+    bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+    bad, saved = torch.zeros((), device=device), time.monotonic()
+    waited, epoch_start, first = 0.0, time.perf_counter(), step
+    with Signals() as signals, bar, out_of_memory(args):
+        while True:
+            if step and (step % per_epoch == 0 or step == total) and (not history or history[-1]["step"] != step):
+                epoch = math.ceil(step / per_epoch)
+                scores = None
+                if (epoch % args.eval_every == 0 or step == total) and not signals.number:
+                    scores = validate()
+                if scores or not (epoch % args.eval_every == 0 or step == total):
+                    record = {"epoch": epoch, "step": step, **means(sums, world), "lr": learning_rate(step - 1, total, args.lr),
+                              **timings(step - first, args, world, epoch_start, waited), **validation(scores)}
+                    history.append(record)
+                    if scores and scores["miou"] > best:
+                        best = scores["miou"]
+                        if world.rank == 0:
+                            save_model(out / f"{name}.pth", model, arch, train.classes, **about())
+                    report(world, out, name, header, history, train.classes, bar)
+                    sums, waited, epoch_start, first = {}, 0.0, time.perf_counter(), step
+            stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
+            if stop:
+                save_state()
+                raise Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
+            if step == total:
+                break
+            if save:
+                save_state()
+                saved = time.monotonic()
+
+            clock = time.perf_counter()
+            micro = [next(batches) for _ in range(args.accumulate)]
+            waited += time.perf_counter() - clock
+            parts, finite = train_step(job, micro, step, total, sums)
+            bad = (bad + 1).where(~finite, 0)
+            step += 1
+            bar.update()
+            if step % SLOW == 0:
+                bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
+                if bad >= SLOW:
+                    raise numbers_went_wrong(name, step, parts, micro, train, path)
+        save_state(done=True)
+    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; {out / name}.pth holds the best, {path} the last")
+    return model, history
+
+
+class Stoppable:
+    """Numbers, in order, until a signal arrives."""
+
+    def __init__(self, numbers, signals):
+        self.numbers, self.signals, self.stopped = numbers, signals, False
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        for n in self.numbers:
+            self.stopped = bool(self.signals and self.signals.number)
+            if self.stopped:
+                return
+            yield n
+
+
+# ---------------------------------------------------------------------------------------------- what can go wrong
+def check_batch(args, arch, pairs, world, per_epoch):
+    if arch == "deeplab" and args.batch_size < 2:
+        raise Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 pictures a forward")
+    if per_epoch == 0:
+        raise Fault(f"--batch-size {args.batch_size}: a step takes {args.batch_size * args.accumulate * world} pictures "
+                    f"(x --accumulate x processes), the training split holds {pairs}; lower it")
+
+
+@contextlib.contextmanager
+def out_of_memory(args):
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
+                    f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
+
+
+def numbers_went_wrong(name, step, parts, micro, train, path):
+    values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
+    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.index.tolist())
+    return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; pictures {files}); lower --lr or "
+                 f"use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
+
+
+def find_state(path, best, who, overwrite):
+    """The state of an earlier run of the same command, or None; a Fault if it belongs to another command."""
+    if overwrite:
+        path.unlink(missing_ok=True)
+        return None
+    if not path.exists():
+        if best.exists():
+            raise Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
+        return None
+    state = read_file(path)
+    old = state.get("training", {}).get("who")
+    if old is None:
+        raise Fault(f"{path}: is no state of a run; move it away or choose another --out")
+    other = sorted(key for key in {*old, *who} if plain(old.get(key)) != plain(who.get(key)))
+    if other:
+        flags = ", ".join(f"--{key.replace('_', '-')} (was {str(old.get(key))[:40]}, now {str(who.get(key))[:40]})" for key in other)
+        raise Fault(f"{path}: belongs to a run with other settings: {flags}; --overwrite starts afresh, --out DIR keeps both")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------- records
+def plain(value):
+    """Tuples and paths as JSON has them, so that a stored value compares equal to a fresh one."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def describe_run(name, args, model, train, val, device, dtype, world, total):
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
+    return {"run": {"name": name, "args": plain(vars(args)), "steps": total, "processes": world.size,
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                 "torchvision": torchvision.__version__, "transformers": transformers.__version__},
+                    "device": f"{device.type} {kind}", "precision": str(dtype or torch.float32).removeprefix("torch."),
+                    "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
+                    "size": args.size, "picture": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
+
+
+def over_processes(sums, world):
+    if world.size == 1 or not sums:
+        return {**sums, "values": sums["values"].clone()} if sums else {}
+    values = sums["values"].clone()
+    dist.all_reduce(values)
+    return {"names": sums["names"], "values": values}
+
+
+def means(sums, world):
+    """Sums over an epoch's steps -> means over those that were not suppressed; counters stay sums."""
+    summed = over_processes(sums, world)
+    values = dict(zip(summed["names"], summed["values"].tolist(), strict=True))
+    steps = values.pop("steps")
+    counts = {key: values.pop(key) for key in ("skipped", *COUNTERS) if key in values}
+    counts["skipped"] /= world.size                           # every process skips the same steps
+    return {"alpha": 0.0, **{key: value / max(1.0, steps) for key, value in values.items()}, **counts}
+
+
+def timings(steps, args, world, since, waited):
+    """Of this process since the epoch began or the run went on; the only figures that a resumed run may differ in."""
+    seconds = time.perf_counter() - since
+    if world.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(world.device) / 2**20
+    else:
+        import resource                                       # not on Windows
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"images_per_s": steps * args.batch_size * args.accumulate * world.size / max(seconds, 1e-9),
+            "wait_s": waited, "seconds": seconds, "peak_memory_mib": memory}
+
+
+def validation(scores):
+    scores = scores or {}
+    return {"val_miou": scores.get("miou"), "val_miou_present": scores.get("miou_present"),
+            "val_pixel_accuracy": scores.get("pixel_accuracy"), "val_iou": scores.get("iou")}
+
+
+def score_line(history, best):
+    return f"last mIoU {history[-1]['val_miou']:.4f}, best {best:.4f}"
+
+
+def write_log(world, path, header, history):
+    """The whole log, each epoch once: what was torn or belongs to steps not kept is gone with the old file."""
+    if world.rank == 0:
+        lines = "".join(json.dumps(entry) + "\n" for entry in (header, *history))
+        write_atomic(path, lambda file: file.write(lines.encode()))
+
+
+def report(world, out, name, header, history, classes, bar):
+    write_log(world, out / f"{name}.jsonl", header, history)
+    if world.rank == 0:
+        last = history[-1]
+        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last]
+        curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
+        save_picture(out / curves, draw_curves(history, classes, parts))
+        miou = "" if last["val_miou"] is None else f", mIoU {last['val_miou']:.4f}"
+        bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}, loss {last['loss']:.4f}{miou}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
+
+
+# ---------------------------------------------------------------------------------------------- command
+def open_data(args, world, classes):
+    """The two splits; counts of the training masks are kept beside the outputs. Rank 0 reads first."""
+    root, kept = find_data(args.data), Path(args.out) / "scan"
+    if world.rank > 0:
+        dist.barrier(world.control)
+    splits = [Pairs(root, split, classes, args.masks, f"{kept}_{split}.json") for split in ("train", "val")]
+    if world.size > 1 and world.rank == 0:
+        dist.barrier(world.control)
+    for split in splits:
+        world.say(split.describe())
+    empty = [c["name"] for c, n in zip(classes, splits[0].counts.sum(0), strict=True) if not n]
+    if empty:
+        world.say(f"train: no pixel of {', '.join(empty)}; these classes weigh 1 and cannot be learnt")
+    return splits
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@command
+def main(argv=()):
+    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python train_teacher.py --arch deeplab --data DIR --batch-size 4 --accumulate 2")
+    group = add_model_flags(parser)
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH", help="first weights; PATH: a ResNet50 state "
+                       "dict, a folder of mit-bN, or a checkpoint (imagenet)")
+    add_train_flags(parser)
+    parser.set_defaults(arch="deeplab")
+    args = parser.parse_args(argv)
+    args.arch = full_name(args.arch)
+    classes = load_classes(args.classes)
+    with processes(args.device) as world:
+        train, val = open_data(args, world, classes)
+        class_weight = class_weights(train.counts, args.class_weights).to(world.device)
+        torch.manual_seed(args.seed)
+        model = build(args.arch, classes, args.init)
+
+        def loss(forward, batch, fraction):
+            hard = hard_loss(forward(batch.image), batch.mask, class_weight, batch.weight_sum)
+            return hard, {"hard": hard}
+
+        return fit(model, args.arch, NAMES.get(args.arch, args.arch), loss, train, val, args, world, class_weight)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
