@@ -225,6 +225,7 @@ class Cache:
         if world.size > 1:
             dist.barrier(world.control)
 
+    @torch.no_grad()
     def crops(self, batch, size):
         """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the picture
         repeat its border; the mask ignores them."""
@@ -232,13 +233,10 @@ class Cache:
         at = (torch.arange(size // 4, device=device) + 0.5) * 4
         y, x = torch.meshgrid(at, at, indexing="ij")
         centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
-        places = torch.einsum("bij,hwj->bhwi", batch.matrix, centres)                # picture coordinates
+        places = (batch.matrix[:, None, None] * centres[..., None, :]).sum(-1)       # (B, h, w, 2) picture coordinates
         grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1
-        maps = [torch.from_numpy(self.values[self.starts[n]:self.starts[n + 1]].reshape(self.shapes[n])) for n in index]
-        if len({m.shape for m in maps}) == 1:
-            stacked = torch.stack(maps).to(device, non_blocking=True).float()
-            return F.grid_sample(stacked, grid, padding_mode="border", align_corners=False)
-        return torch.cat([F.grid_sample(m[None].to(device).float(), g[None], padding_mode="border", align_corners=False)
+        maps = [torch.from_numpy(self.values[self.starts[n]:self.starts[n + 1]].reshape(1, *self.shapes[n])) for n in index]
+        return torch.cat([F.grid_sample(m.to(device, non_blocking=True).float(), g[None], padding_mode="border", align_corners=False)
                           for m, g in zip(maps, grid, strict=True)])
 
 

@@ -118,8 +118,8 @@ def draw_panel(draw, box, title, series, colors):
         y = bottom - n * (bottom - top) / 4
         draw.line((left, y, right, y), GRID)
         draw.text((left - 6, y), f"{y0 + n * (y1 - y0) / 4:.3g}", INK, font(13), anchor="rm")
-        x = left + n * (right - left) / 4
-        draw.text((x, bottom + 6), f"{x0 + n * (x1 - x0) / 4:.3g}", INK, font(13), anchor="ma")
+    for tick in sorted({x0 + round(n * (x1 - x0) / 5) for n in range(6)}):
+        draw.text((left + (tick - x0) / (x1 - x0) * (right - left), bottom + 6), str(tick), INK, font(13), anchor="ma")
     for n, (name, line) in enumerate(series.items()):
         spots = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
                  for x, y in line if y is not None]

@@ -76,7 +76,8 @@ class SegFormer(SegformerForSemanticSegmentation):
         weights, bias = self.folded or self.merged_head()
         y = None
         for stage, weight in zip(stages, weights, strict=True):
-            part = F.conv2d(stage, weight)                               # (B, D, ...) at the stage's own size
+            # (B, D, ...) at the stage's own size; upsampling D channels is 2 to 3 times as fast in channels_last
+            part = F.conv2d(stage.contiguous(memory_format=torch.channels_last), weight)
             if y is None:
                 y = part + bias.view(-1, 1, 1).to(part.dtype)
             else:

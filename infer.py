@@ -1,0 +1,283 @@
+"""Labels pictures, and exports a network for use elsewhere.
+
+    python infer.py img.png                                   # -> outputs/predictions/img_mask.png, img_overlay.png
+    python infer.py folder 'more/*.jpg' --checkpoint outputs/best_student.pth --raw
+    python infer.py --export student_hf                       # a Hugging Face folder (SegFormer only)
+    python infer.py --export student.onnx --shape 512x896     # uint8 NCHW pictures in, uint8 labels out
+    python infer.py --export student.int8.onnx --calibrate DIR --data DIR
+
+A mask is a palette PNG: viewers show the class colours, np.asarray gives the class indices. Labels are those of
+validation: the same reader, the same preprocessing, the same predict().
+"""
+import contextlib
+import glob
+import importlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from data import (MEAN, PICTURES, STD, Fault, Pairs, Parser, add_data_flags, command, find_data, index_picture, load_classes,
+                  number, overlay, read_image, side, whole_image, write_atomic)
+from evaluate import add_model_flags, confusion, pick_device, summary, time_interleaved
+from models import amp_dtype, freeze, load_model, predict, translate
+
+
+# ---------------------------------------------------------------------------------------------- labelling files
+def find_inputs(names):
+    """Files, folders and glob patterns -> a list of picture files; a Fault where nothing is found."""
+    found = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES | {".tif", ".tiff"} and not p.name.startswith("."))
+            if not inside:
+                raise Fault(f"{path}: a folder without pictures ({' '.join(sorted(PICTURES))} .tif .tiff)")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            matches = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
+            if not matches:
+                raise Fault(f"{name}: no such file, folder or pattern")
+            found += matches
+    return list(dict.fromkeys(found))
+
+
+def output_names(inputs, out, endings):
+    """A stem in `out` for each input: inputs of the same name get _2, _3, ...; no output may be an input."""
+    taken, stems, originals = set(), [], {p.resolve() for p in inputs}
+    for path in inputs:
+        stem, count = path.stem, 1
+        while stem in taken:
+            count += 1
+            stem = f"{path.stem}_{count}"
+        taken.add(stem)
+        stems.append(stem)
+        clash = next((e for e in endings if (out / f"{stem}{e}").resolve() in originals), None)
+        if clash:
+            raise Fault(f"--out {out}: {stem}{clash} would overwrite an input; choose another folder")
+    return stems
+
+
+def label_files(args, model, meta, device, dtype):
+    """Writes mask and overlay of every input; returns how many were skipped."""
+    inputs, out, classes = find_inputs(args.inputs), Path(args.out), meta["classes"]
+    stems = output_names(inputs, out, ["_mask.png", "_overlay.png", "_ids.png"])
+    ids = np.array([c["id"] for c in classes], np.uint16)
+    milliseconds, skipped = [], 0
+    bar = tqdm(zip(inputs, stems, strict=True), total=len(inputs), desc="labelling", leave=False, delay=1)
+    for path, stem in bar:
+        start = time.perf_counter()
+        try:
+            image = read_image(path)
+        except Fault as fault:
+            bar.write(f"error: {fault}; skipped", file=sys.stderr)
+            skipped += 1
+            continue
+        labels = predict(model, whole_image(image, args.size or meta["size"]), image.size[::-1], dtype)[0].cpu().numpy()
+        milliseconds.append(1000 * (time.perf_counter() - start))
+        pictures = {"_mask.png": index_picture(labels, classes)}
+        if not args.no_overlay:
+            pictures["_overlay.png"] = overlay(image, labels, classes)
+        if args.raw:
+            pictures["_ids.png"] = Image.fromarray(ids[labels])
+        for ending, picture in pictures.items():
+            write_atomic(out / f"{stem}{ending}", lambda file, picture=picture: picture.save(file, "PNG"))
+    if milliseconds:
+        print(f"{len(milliseconds)} pictures labelled in {out}, {np.median(milliseconds):.0f} ms a picture from file to labels ({device.type})")
+    if skipped:
+        raise Fault(f"{skipped} of {len(inputs)} files were skipped, named above", status=1)
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face
+def export_folder(model, meta, folder, height, width):
+    """config.json with label names, weights in safetensors, preprocessor_config.json for a fixed height x width."""
+    if meta["arch"] == "deeplab":
+        raise Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
+    stock = transformers.SegformerForSemanticSegmentation(model.config)
+    stock.load_state_dict(translate(model.state_dict(), stock))
+    processor = transformers.SegformerImageProcessor(size={"height": height, "width": width}, image_mean=list(MEAN), image_std=list(STD),
+                                                     do_reduce_labels=False)
+    try:
+        stock.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except OSError as error:
+        raise Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
+    print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in pipeline('image-segmentation'), "
+          f"pictures as {height}x{width}")
+
+
+# ---------------------------------------------------------------------------------------------- ONNX
+class Labeller(nn.Module):
+    """A network with all that belongs to it inside: uint8 (B, 3, H, W) RGB pictures -> uint8 (B, H, W) class indices."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("scale", 1 / (255 * torch.tensor(STD)).view(1, 3, 1, 1))
+        self.register_buffer("shift", -(torch.tensor(MEAN) / torch.tensor(STD)).view(1, 3, 1, 1))
+
+    def forward(self, image):
+        z = self.model(image.float() * self.scale + self.shift)
+        z = F.interpolate(z, image.shape[2:], mode="bilinear", align_corners=False)
+        return z.argmax(1).to(torch.uint8)
+
+
+def needs(*modules):
+    """Imports optional packages, or says in one line what to install."""
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        raise Fault(f"--export: {error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
+
+
+def session_of(path):
+    onnxruntime, = needs("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def export_onnx(model, path, shape):
+    """Writes `path`; `shape` is (H, W), or None for sides chosen at run time. Checked against torch on noise and ramps."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    height, width = shape or (512, 896)
+    labeller, image = Labeller(model).eval(), torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    sides = None if shape else {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    buffer = io.BytesIO()
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.onnx.export(labeller, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"], output_names=["labels"],
+                                    optimize=True, verbose=False)
+        program.save(buffer)
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    session = session_of(path)
+    tries = [(height, width)] if shape else [(height, width), (480, 640), (320, 544)]
+    for h, w in tries:
+        ramp = torch.linspace(0, 255, w).expand(1, 3, h, w).roll(1, 1)
+        image = (ramp + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
+        with torch.no_grad():
+            same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
+        print(f"{path}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
+        if same < 0.999:
+            raise Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, try another torch or onnxruntime", status=1)
+
+
+def quantize(path, target, folder, height, width, count=64):
+    """Weights and activations of the ONNX file `path` in 8 bits, calibrated on up to `count` pictures of `folder`."""
+    _, quantization = needs("onnx", "onnxruntime.quantization")
+    pictures = find_inputs([folder])
+    pictures = pictures[::max(1, len(pictures) // count)][:count]
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.left = iter(pictures)
+
+        def get_next(self):
+            picture = next(self.left, None)
+            return None if picture is None else {"image": fixed_image(read_image(picture), height, width).numpy()}
+
+    with tempfile.TemporaryDirectory() as temporary:
+        ready = Path(temporary) / "ready.onnx"
+        importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+        quantization.quantize_static(str(ready), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                                     activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+                                     op_types_to_quantize=["Conv", "MatMul", "Gemm"])
+
+
+def fixed_image(image, height, width):
+    """PIL RGB -> uint8 (1, 3, height, width), smoothed like whole_image."""
+    array = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+
+def compare(args, rows, classes, height, width):
+    """mIoU on --data's val/, milliseconds and size of each row {name: (labels of a uint8 image, file size)}."""
+    pairs = Pairs(find_data(args.data), args.split, classes, args.masks)
+    matrices = {name: torch.zeros(len(classes), len(classes), dtype=torch.int64) for name in rows}
+    for n in range(len(pairs)):
+        image = fixed_image(read_image(pairs.pairs[n][0]), height, width)
+        target = torch.from_numpy(pairs.get_raw_mask(n))
+        for name, (labels, _) in rows.items():
+            small = labels(image)[0].float()[None, None]                             # labels at the input's size
+            full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
+            matrices[name] += confusion(full, target, len(classes))
+    times = time_interleaved([lambda labels=labels: labels(image) for labels, _ in rows.values()], torch.device("cpu"))
+    print(f"{args.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n"
+          f"{'':16} {'mIoU':>7} {'ms':>8} {'spread':>17} {'MB':>7}")
+    for (name, (_, size)), (median, low, high) in zip(rows.items(), times, strict=True):
+        print(f"{name:16} {summary(matrices[name], classes)['miou']:7.4f} {median:8.1f} {f'{low:.1f}-{high:.1f}':>17} {size / 1e6:7.1f}")
+
+
+def parse_shape(value):
+    """"512x896" -> (512, 896); "dynamic" -> None."""
+    if value == "dynamic":
+        return None
+    parts = value.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and 32 <= int(part) <= 8192 and int(part) % 32 == 0 for part in parts):
+        raise Fault(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic")
+    return int(parts[0]), int(parts[1])
+
+
+def export(args, model, meta):
+    target, shape = Path(args.export), parse_shape(args.shape)
+    height, width = shape or (512, 896)
+    if target.suffix != ".onnx":
+        return export_folder(model, meta, target, height, width)
+    frozen = freeze(model, meta["arch"])
+    if not target.name.endswith(".int8.onnx"):
+        export_onnx(frozen, target, shape)
+        return
+    if not args.calibrate or not shape:
+        raise Fault(f"--export {target}: 8 bits need --calibrate DIR with pictures like those to come, and a fixed --shape")
+    plain = target.with_name(target.name.removesuffix(".int8.onnx") + ".onnx")
+    export_onnx(frozen, plain, shape)
+    quantize(plain, target, args.calibrate, height, width)
+    sessions = {name: session_of(path) for name, path in (("onnx fp32", plain), ("onnx int8", target))}
+    rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
+    for (name, session), path in zip(sessions.items(), (plain, target), strict=True):
+        rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
+    compare(args, rows, meta["classes"], height, width)
+
+
+# ---------------------------------------------------------------------------------------------- command
+@command
+@torch.no_grad()
+def main(argv=()):
+    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python infer.py drive/*.png --out labels --raw")
+    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="files, folders, patterns")
+    group = add_model_flags(parser)
+    group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="(outputs/best_student.pth)")
+    group.add_argument("--size", type=side, help="shorter side that the network sees, pixels (that of training)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="DIR", default="outputs/predictions", help="(outputs/predictions)")
+    output.add_argument("--raw", action="store_true", help="also NAME_ids.png: 16-bit raw ids, as the challenge wants them")
+    output.add_argument("--no-overlay", action="store_true", help="masks only")
+    data = add_data_flags(parser)
+    data.add_argument("--split", default="val", help="what an int8 export is compared on (val)")
+    away = parser.add_argument_group("export")
+    away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
+    away.add_argument("--shape", default="512x896", metavar="HxW|dynamic", help="sides of the exported input (512x896)")
+    away.add_argument("--calibrate", metavar="DIR", help="pictures for 8 bits")
+    args = parser.parse_args(argv)
+    if not args.inputs and not args.export:
+        raise Fault("nothing to do: name pictures, or --export TARGET")
+    device = pick_device("cpu" if args.export else args.device)
+    model, meta = load_model(args.checkpoint, args.arch, load_classes(args.classes) if args.classes or args.arch else None)
+    if args.export:
+        return export(args, model, meta)
+    dtype = amp_dtype(args.amp, device)
+    return label_files(args, freeze(model.to(device), meta["arch"], dtype), meta, device, dtype)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
