@@ -1,0 +1,591 @@
+"""Tests with oracles: values worked by hand, published libraries, invariants.
+
+    python -m pytest -q test_all.py            # minutes; -m "" adds the slow ones
+    OFFROAD_DATA=DIR python -m pytest ...      # also on real pairs, from a folder with train/ and val/
+"""
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from PIL import Image
+from torch import nn
+
+import data
+import distill
+import evaluate
+import infer
+import losses
+import models
+import train_teacher
+
+HERE = Path(__file__).parent
+REAL = os.environ.get("OFFROAD_DATA")
+real = pytest.mark.skipif(not REAL, reason="OFFROAD_DATA names no folder of real pairs")
+TINY = ["--init", "random", "--size", "64", "--batch-size", "4", "--lr", "1e-3", "--workers", "0", "--amp", "off", "--device", "cpu"]
+B0 = ["--arch", "segformer-b0", *TINY]
+
+
+# ---------------------------------------------------------------------------------------------- fixtures
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    data.write_scenes(root, train=12, val=4, width=192, height=108)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(scenes, tmp_path_factory):
+    """Outputs with a small DeepLab and SegFormer-B0 teacher and a B1 student after a few steps."""
+    out = tmp_path_factory.mktemp("trained")
+    common = ["--data", str(scenes), "--out", str(out), *TINY, "--steps", "3"]
+    train_teacher.main(["--arch", "deeplab", *common])
+    train_teacher.main(["--arch", "segformer-b0", *common])
+    teachers = [str(out / "deep_lab.pth"), str(out / "segformer-b0.pth")]
+    student, history = distill.main(["--teachers", *teachers, *common])
+    return out, teachers, student, history
+
+
+@pytest.fixture(scope="session")
+def pairs(scenes):
+    return data.Pairs(scenes, "train", data.DESERT)
+
+
+@pytest.fixture
+def copy_of(scenes, tmp_path):
+    """A fresh copy of the scenes to damage."""
+    shutil.copytree(scenes, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Calls main(argv) and checks: exit status, one line on stderr with the given words, no traceback."""
+    def check(main, argv, *words, status=2):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert stop.value.code == status
+        assert sum(line.startswith("error: ") for line in lines) == 1, lines
+        assert "Traceback" not in "".join(lines)
+        for word in words:
+            assert str(word) in lines[-1], (word, lines[-1])
+        return lines[-1]
+    return check
+
+
+def states_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def read_log(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def without_times(record):
+    return {key: value for key, value in record.items() if key not in ("images_per_s", "wait_s", "seconds", "peak_memory_mib")}
+
+
+# ---------------------------------------------------------------------------------------------- data: reading
+def test_class_table_is_the_desert_sets():
+    table = [(c["name"], c["id"]) for c in data.DESERT]
+    assert table == [("Trees", 100), ("Lush Bushes", 200), ("Dry Grass", 300), ("Dry Bushes", 500), ("Ground Clutter", 550),
+                     ("Flowers", 600), ("Logs", 700), ("Rocks", 800), ("Landscape", 7100), ("Sky", 10000)]
+
+
+def test_scenes_hold_all_classes_as_16_bit_ids(scenes):
+    seen = set()
+    for path in (scenes / "train" / "Segmentation").iterdir():
+        with Image.open(path) as image:
+            assert image.mode in ("I;16", "I")
+            seen |= set(np.unique(np.asarray(image)).tolist())
+    assert seen == {c["id"] for c in data.DESERT}
+
+
+def test_ids_become_indices(pairs):
+    raw, labels = data.read_mask(pairs.pairs[0][1]), pairs.get_raw_mask(0)
+    for index, entry in enumerate(data.DESERT):
+        assert ((raw == entry["id"]) == (labels == index)).all()
+    assert int(pairs.counts[0].sum()) == labels.size
+
+
+@pytest.mark.parametrize("values, flag, form", [
+    ([{100, 200}, {10000}], None, "ids"), ([{0, 3}, {9, 255}], None, "indices"), ([{100, 12345}], None, "ids"),
+    ([{0, 9}], "indices", "indices"), ([{100, 255, 7100}], None, "ids")])
+def test_mask_form_is_decided(values, flag, form):
+    assert data.mask_form(values, ["a.png"] * len(values), data.DESERT, flag) == form
+
+
+@pytest.mark.parametrize("values, word", [
+    ([{0, 1, 2, 27, 39}], "high byte"), ([{100, 200, 255}], "clipped"), ([{100, 44, 188, 16}], "modulo 256"),
+    ([{100, 7100}, {0, 1, 9}], "mix"), ([{12345, 54321}], "class table"), ([{7100, 10000}, {27, 39}], "high byte")])
+def test_mask_form_refuses(values, word):
+    with pytest.raises(data.Fault, match=word):
+        data.mask_form(values, ["a.png", "b.png"][:len(values)], data.DESERT)
+
+
+def test_masks_that_fit_both_forms_need_the_flag():
+    table = [{"name": n, "id": i, "color": [0, 0, 0]} for n, i in (("a", 1), ("b", 0))]
+    with pytest.raises(data.Fault, match="--masks"):
+        data.mask_form([{0, 1}], ["a.png"], table)
+    assert data.mask_form([{0, 1}], ["a.png"], table, "indices") == "indices"
+    straight = [{"name": n, "id": i, "color": [0, 0, 0]} for n, i in (("a", 0), ("b", 1))]
+    assert data.mask_form([{0, 1}], ["a.png"], straight) == "ids"
+
+
+def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of, capsys):
+    path = sorted((copy_of / "train" / "Segmentation").iterdir())[0]
+    mask = np.asarray(Image.open(path)).copy()
+    mask[:10, :10] = 4242
+    Image.fromarray(mask).save(path)
+    split = data.Pairs(copy_of, "train", data.DESERT)
+    assert split.unknown == {4242: 100} and (split.get_raw_mask(0)[:10, :10] == 255).all()
+    assert split.describe().count("4242") == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "LA", "1"])
+def test_pictures_of_any_mode_load_as_rgb(mode, tmp_path):
+    values = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+    if mode == "I;16":
+        image = Image.fromarray(values.astype(np.uint16) * 257)
+    elif mode == "CMYK":
+        image = Image.fromarray(values).convert("RGB").convert("CMYK")
+    else:
+        image = Image.fromarray(values).convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    loaded = np.asarray(data.read_image(path)).astype(int)
+    assert loaded.shape == (48, 64, 3)
+    if mode != "1":
+        assert abs(loaded[..., 1] - values).max() <= 6
+
+
+def test_exif_rotated_picture_loads_upright(tmp_path):
+    image = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # turn clockwise by 90 degrees to see it upright
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    loaded = np.asarray(data.read_image(tmp_path / "a.jpg")).astype(int)
+    assert loaded.shape == (64, 32, 3) and loaded[0].mean() < 20 and loaded[-1].mean() > 235
+
+
+def test_scan_is_reused_until_a_file_changes(copy_of, tmp_path, monkeypatch):
+    kept, calls = tmp_path / "scan.json", []
+    once = data.scan_pair
+    monkeypatch.setattr(data, "scan_pair", lambda pair: calls.append(pair) or once(pair))
+    first = data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    assert len(calls) == 12
+    second = data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    assert len(calls) == 12 and torch.equal(first.counts, second.counts) and first.digest == second.digest
+    os.utime(first.pairs[3][1], (1, 1))
+    data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    assert len(calls) == 13
+
+
+# ---------------------------------------------------------------------------------------------- data: augmentation
+def test_whole_size():
+    assert data.whole_size(960, 540, 512) == (896, 512)       # 910.2 / 32 = 28.4
+    assert data.whole_size(540, 960, 256) == (256, 448)
+    assert data.whole_size(100, 100, 64) == (64, 64)
+
+
+def test_identity_affine_reproduces_picture_and_mask(pairs):
+    whole = np.eye(2, 3)
+    image, mask = pairs.crop(0, 96, whole)
+    stored = np.asarray(data.read_image(pairs.pairs[0][0]))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), stored[:96, :96])
+    assert np.array_equal(mask.numpy(), pairs.get_raw_mask(0)[:96, :96])
+
+
+def test_affine_outside_is_ignored_and_flip_mirrors(pairs):
+    width, height = pairs.sizes[0]
+    mirror = np.array([[-1.0, 0, width], [0, 1, 0]])
+    _, mask = pairs.crop(0, 96, mirror)
+    assert np.array_equal(mask.numpy(), pairs.get_raw_mask(0)[:96, ::-1][:, :96])
+    _, mask = pairs.crop(0, 96, np.array([[1.0, 0, width - 40], [0, 1, 0]]))
+    assert (mask[:, 40:] == 255).all() and (mask[:, :40] != 255).all()
+
+
+def test_random_affine_keeps_scale_and_place():
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(300):
+        m = data.draw_affine(rng, 960, 540, 512)
+        seen.append(512 / 540 / np.sqrt(abs(np.linalg.det(m[:, :2]))) / (512 / 540) ** 2)    # 1: the shorter side is 512
+        centre = m @ [256, 256, 1]
+        assert -1 <= centre[0] <= 961 and -1 <= centre[1] <= 541
+        assert abs(np.degrees(np.arctan2(m[1, 0], m[1, 1]))) <= 10.01
+    assert 0.5 <= min(seen) < 0.6 and 1.9 < max(seen) <= 2.0
+
+
+def test_picture_and_mask_move_together(tmp_path):
+    """A picture that is its own mask: after any random map, colours and labels still agree."""
+    rng = np.random.default_rng(1)
+    labels = np.kron(rng.integers(0, 10, (9, 16)), np.ones((24, 24), int)).astype(np.uint8)
+    for part in ("Color_Images", "Segmentation"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+    Image.fromarray((labels * 25)).convert("RGB").save(tmp_path / "train" / "Color_Images" / "a.png")
+    Image.fromarray(labels).save(tmp_path / "train" / "Segmentation" / "a.png")
+    split = data.Pairs(tmp_path, "train", data.DESERT)
+    assert split.form == "indices"
+    for n in range(10):
+        image, mask = split.crop(0, 96, data.draw_affine(rng, *split.sizes[0], 96))
+        keep = mask != 255
+        agree = (image[0].float()[keep] / 25 - mask[keep].float()).abs() < 0.5
+        assert agree.float().mean() > 0.85                    # the rest lies on edges, which bilinear mixes
+
+
+def test_samples_depend_on_seed_epoch_position_only(pairs):
+    crops = data.Crops(pairs, 64, seed=3)
+    a, b = crops[2, 5, 1], crops[2, 5, 1]
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[2], crops[3, 5, 1][2]) and not torch.equal(a[2], crops[2, 6, 1][2])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_loader_gives_the_same_pixels_for_any_number_of_workers(pairs, workers):
+    order = data.Order(len(pairs), 4, 0, 1, 6)
+    batches = list(data.loader(data.Crops(pairs, 64, 0), workers, False, order))
+    digest = sum(float(b.image.double().sum() + b.mask.double().sum() + b.matrix.double().sum() + b.jitter.double().sum()) for b in batches)
+    assert len(batches) == 5
+    expected = getattr(test_loader_gives_the_same_pixels_for_any_number_of_workers, "digest", digest)
+    test_loader_gives_the_same_pixels_for_any_number_of_workers.digest = digest
+    assert digest == expected
+
+
+def test_order_visits_each_pair_once_an_epoch_and_splits_over_processes():
+    whole = [k for batch in data.Order(13, 4, 7, 0, 6) for k in batch]
+    for epoch in (0, 1):
+        chosen = [n for e, _, n in whole if e == epoch]
+        assert len(chosen) == 12 == len(set(chosen))
+    halves = [[k for batch in data.Order(13, 2, 7, 0, 6, rank=r, world=2) for k in batch] for r in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(whole)
+    micro = [k for batch in data.Order(13, 2, 7, 0, 6, accumulate=2) for k in batch]
+    assert micro == whole
+    resumed = [k for batch in data.Order(13, 4, 7, 4, 6) for k in batch]
+    assert resumed == whole[16:]
+
+
+def test_rare_odds_prefer_rare_classes_and_are_deterministic():
+    counts = torch.tensor([[90, 10, 0], [100, 0, 0], [100, 0, 0], [95, 0, 5]])
+    odds = data.rare_odds(counts)
+    assert odds[3] > odds[0] > odds[1] > 0 and abs(float(odds[1] - odds[2])) < 1e-12
+    order = [data.Order(4, 2, 5, 0, 2, odds=odds).epoch(1) for _ in range(2)]
+    assert order[0] == order[1]
+
+
+def test_class_weights_by_hand():
+    counts = torch.tensor([[10, 40, 0, 50]])
+    assert torch.allclose(data.class_weights(counts), torch.tensor([4.0, 1.0, 1.0, 0.8]))       # median of 10, 40, 50 is 40
+    assert torch.allclose(data.class_weights(counts, "sqrt"), torch.tensor([2.0, 1.0, 1.0, math.sqrt(0.8)]))
+    assert torch.equal(data.class_weights(counts, "none"), torch.ones(4))
+    assert data.class_weights(torch.tensor([[1, 1000, 10**6]])).tolist() == pytest.approx([10.0, 1.0, 0.1])
+
+
+@pytest.mark.parametrize("which, function", [(0, "adjust_brightness"), (1, "adjust_contrast"), (2, "adjust_saturation")])
+def test_jitter_equals_torchvisions(which, function):
+    image = torch.rand(3, 3, 8, 8) * 0.4 + 0.3                # so that nothing is clipped
+    jitter = torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 3)
+    jitter[:, which] = torch.tensor([0.8, 1.0, 1.2])
+    expected = torch.stack([getattr(torchvision.transforms.functional, function)(x, float(f)) for x, f in zip(image, jitter[:, which], strict=True)])
+    assert torch.allclose(data.color_jitter(image, jitter), expected, atol=2e-3)
+
+
+def test_hue_keeps_grey_and_luma_and_six_sixths_are_none():
+    image = torch.rand(2, 3, 4, 4) * 0.2 + 0.4
+    grey = image.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    turn = torch.tensor([[1, 1, 1, 1 / 6], [1, 1, 1, 0.1]])
+    assert torch.allclose(data.color_jitter(grey, turn), grey, atol=1e-3)
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    turned = data.color_jitter(image, turn)
+    assert torch.allclose(torch.einsum("bchw,c->bhw", turned, luma), torch.einsum("bchw,c->bhw", image, luma), atol=1e-3)
+    assert not torch.allclose(turned, image, atol=1e-2)
+    for _ in range(5):
+        turned[:1] = data.color_jitter(turned[:1], turn[:1])
+    assert torch.allclose(turned[:1], image[:1], atol=5e-3)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+def test_hard_loss_equals_torchs_at_full_size():
+    torch.manual_seed(0)
+    z, mask, weight = torch.randn(2, 5, 8, 8), torch.randint(0, 5, (2, 32, 32)), torch.rand(5) + 0.1
+    mask[0, :10] = 255
+    full = F.interpolate(z, (32, 32), mode="bilinear", align_corners=False)
+    assert torch.allclose(losses.hard_loss(z, mask, weight), F.cross_entropy(full, mask, weight, ignore_index=255), atol=1e-6)
+
+
+def test_hard_loss_of_nothing_valid_is_zero_with_zero_gradient():
+    z = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = losses.hard_loss(z, torch.full((1, 8, 8), 255), torch.ones(3))
+    loss.backward()
+    assert loss.item() == 0 and (z.grad == 0).all()
+
+
+def test_soft_loss_by_hand():
+    z, t = torch.zeros(1, 2, 1, 1), torch.tensor([2 * math.log(3), 0.0]).view(1, 2, 1, 1)
+    loss, met, bit = losses.soft_loss(z, t, torch.zeros(1, 4, 4, dtype=torch.long), T=2.0)
+    expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))       # teacher 3/4, 1/4; student 1/2, 1/2
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and met == 0 and not bit
+
+
+def test_soft_loss_equals_torchs_kl_div_and_ignores_size():
+    torch.manual_seed(1)
+    z, t, mask = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6), torch.zeros(2, 24, 24, dtype=torch.long)
+    loss = losses.soft_loss(z, t, mask, 3.0)[0]
+    expected = 9 * F.kl_div((z / 3).log_softmax(1), (t / 3).log_softmax(1), log_target=True, reduction="sum") / (2 * 36)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    tiled = losses.soft_loss(z.repeat(1, 1, 2, 3), t.repeat(1, 1, 2, 3), mask.repeat(1, 2, 3), 3.0)[0]
+    assert torch.allclose(loss, tiled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [
+    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.channel_loss,
+    lambda z, t, mask: losses.hard_loss(z, mask, torch.ones(4)) + 0 * t.sum()])
+def test_ignored_pixels_give_no_gradient(function):
+    torch.manual_seed(2)
+    z, t = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8)
+    mask = torch.randint(0, 4, (2, 32, 32))
+    mask[:, :, 16:] = 255
+    function(z, t, mask).backward()
+    assert (z.grad[..., 5:] == 0).all() and (z.grad[..., :4] != 0).any()
+
+
+@pytest.mark.parametrize("function", [
+    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.channel_loss,
+    lambda z, t, mask: losses.feature_loss([z], [t]), lambda z, t, mask: losses.attention_loss([z], [t])])
+def test_distillation_of_a_model_against_itself_is_zero(function):
+    z = torch.randn(2, 4, 8, 8)
+    assert abs(function(z, z.clone(), torch.zeros(2, 32, 32, dtype=torch.long)).item()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_losses_are_finite_in_half_precision(dtype, scale):
+    torch.manual_seed(3)
+    z, t = (scale * torch.randn(2, 4, 8, 8)).to(dtype).requires_grad_(), (scale * torch.randn(2, 4, 8, 8)).to(dtype)
+    mask = torch.randint(0, 4, (2, 32, 32))
+    mask[0] = 255                                             # one picture without a valid pixel
+    soft, met, _ = losses.soft_loss(z, t, mask, 2.0)
+    total = soft + losses.channel_loss(z, t, mask) + losses.hard_loss(z, mask, torch.ones(4))
+    total = total + losses.feature_loss([z], [t]) + losses.attention_loss([z], [t])
+    total.backward()
+    assert total.dtype == torch.float32 and total.isfinite() and z.grad.isfinite().all() and (met > 0) == (scale > 1)
+
+
+def test_soft_loss_counts_what_its_clamps_meet():
+    t = torch.tensor([30.0, -30.0]).view(1, 2, 1, 1).repeat(1, 1, 2, 1)
+    z = -t.clone()
+    z[0, :, 1] = t[0, :, 1]
+    loss, met, bit = losses.soft_loss(z, t, torch.zeros(1, 8, 4, dtype=torch.long), 1.0)
+    assert met == 4 and loss.item() == pytest.approx(10, rel=1e-3) and not bit           # 20 nats at one cell of two
+    loss, met, bit = losses.soft_loss(z, t, torch.zeros(1, 8, 4, dtype=torch.long), 3.0)
+    assert loss.item() == pytest.approx(90, rel=1e-3) and met == 0
+    assert losses.soft_loss(z[:, :, :1], t[:, :, :1], torch.zeros(1, 4, 4, dtype=torch.long), 3.0)[2]
+
+
+def test_channel_loss_by_hand():
+    """One class map of two cells: softmax over cells at T 4 gives 3/4, 1/4 against 1/2, 1/2."""
+    t = torch.tensor([4 * math.log(3), 0.0]).view(1, 1, 1, 2)
+    loss = losses.channel_loss(torch.zeros(1, 1, 1, 2), t, torch.zeros(1, 4, 8, dtype=torch.long))
+    assert loss.item() == pytest.approx(16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), rel=1e-5)
+    third = torch.cat([t, torch.full((1, 1, 1, 1), 50.0)], 3)                        # an ignored third cell changes nothing
+    mask = torch.zeros(1, 4, 12, dtype=torch.long)
+    mask[..., 8:] = 255
+    assert losses.channel_loss(torch.zeros(1, 1, 1, 3), third, mask).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_feature_and_attention_loss_by_hand():
+    s = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    t = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
+    assert losses.feature_loss([s], [t]).item() == pytest.approx(2 * 0.2**2)             # (.6, .8) against (.8, .6)
+    s = torch.tensor([[3.0, 0.0], [4.0, 0.0]]).T.reshape(1, 2, 1, 2)                 # energies 9/2 and 16/2
+    t = torch.tensor([[1.0, 1.0]]).reshape(1, 1, 1, 2)
+    length = math.hypot(9, 16)
+    expected = (9 / length - 1 / math.sqrt(2)) ** 2 + (16 / length - 1 / math.sqrt(2)) ** 2
+    assert losses.attention_loss([s], [t]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ramp_and_learning_rate():
+    assert [losses.ramp(0.3, 0.7, p) for p in (0, 0.5, 1)] == pytest.approx([0.3, 0.5, 0.7])
+    rates = [train_teacher.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] and rates[99] == pytest.approx(0.01)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+
+
+# ---------------------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("arch, millions", [("deeplab", 40.35), ("segformer-b0", 3.72), ("segformer-b1", 13.68), ("segformer-b3", 47.23)])
+def test_sizes_and_strides(arch, millions):
+    model = models.build(arch, data.DESERT).eval()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    with torch.no_grad():
+        z, stages = model(torch.zeros(1, 3, 96, 64), features=True)
+    assert z.shape == (1, 10, 24, 16) and [s.shape[2] for s in stages][:3] == [24, 12, 6] and len(stages) == 4
+
+
+@pytest.mark.parametrize("arch", ["segformer-b0", "segformer-b1", "segformer-b3"])
+def test_rewritten_head_equals_transformers(arch):
+    """Logits, labels and the gradient of every parameter, against the stock class with the same weights."""
+    torch.manual_seed(0)
+    ours = models.build(arch, data.DESERT).eval()
+    randomize_norms(ours)
+    stock = transformers.SegformerForSemanticSegmentation(ours.config).eval()
+    stock.load_state_dict(ours.state_dict())                  # the very same keys
+    x = torch.randn(2, 3, 64, 96)
+    a, b = ours(x), stock(x).logits
+    assert torch.allclose(a, b, atol=2e-5) and torch.equal(a.argmax(1), b.argmax(1))
+    for z in (a, b):
+        (z * torch.linspace(-1, 1, z.numel()).view(z.shape)).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-3 * (1 + q.grad.abs().max())), name
+
+
+def randomize_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+
+
+@pytest.mark.parametrize("arch", ["segformer-b0", "deeplab"])
+def test_frozen_network_gives_the_same_logits(arch):
+    torch.manual_seed(0)
+    model = models.build(arch, data.DESERT).eval()
+    randomize_norms(model)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        frozen = evaluate.frozen_copy(model, arch, None)
+        assert torch.allclose(frozen(x), expected, atol=1e-3 * expected.abs().max())
+        assert torch.equal(model(x), expected)                # the copy left the original alone
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_attention_runs_through_sdpa_where_offered():
+    if getattr(transformers.SegformerForSemanticSegmentation, "_supports_sdpa", False):
+        assert models.build("segformer-b0", data.DESERT).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_checkpoints_of_both_spellings_load(spelling, tmp_path):
+    model = models.build("segformer-b0", data.DESERT)
+    other = {respell(key, spelling): value for key, value in model.state_dict().items()}
+    assert any(("stages.0" if spelling == "new" else "encoder.block.0") in key for key in other)
+    torch.save({"model_state_dict": other, "arch": "segformer-b0", "classes": data.DESERT}, tmp_path / "a.pth")
+    loaded, meta = models.load_model(tmp_path / "a.pth")
+    assert states_equal(loaded.state_dict(), model.state_dict()) and meta["arch"] == "segformer-b0"
+
+
+def respell(key, spelling):
+    """A key as transformers 4 ("old") or 5 ("new") writes it."""
+    key = models.old_key(key)
+    if spelling == "new":
+        for old, new in ((r"encoder\.patch_embeddings\.(\d)", r"stages.\1.patch_embeddings"), (r"encoder\.block\.(\d)", r"stages.\1.blocks"),
+                         (r"encoder\.layer_norm\.(\d)", r"stages.\1.layer_norm"), ("attention.self.query", "attention.q_proj"),
+                         ("attention.self.key", "attention.k_proj"), ("attention.self.value", "attention.v_proj"),
+                         ("attention.self.sr", "attention.sequence_reduction.sequence_reduction"),
+                         ("attention.self.layer_norm", "attention.sequence_reduction.layer_norm"), ("attention.output.dense", "attention.o_proj"),
+                         (r"mlp\.dense(\d)", r"mlp.fc\1"), ("layer_norm_1", "layernorm_before"), ("layer_norm_2", "layernorm_after"),
+                         ("linear_c", "linear_projections")):
+            key = re.sub(old, new, key)
+    return key
+
+
+def test_student_checkpoint_loads_into_the_stock_class(trained):
+    out, *_ = trained
+    config = models.build("segformer-b1", data.DESERT).config
+    student = transformers.SegformerForSemanticSegmentation(config)
+    student.load_state_dict(torch.load(out / "best_student.pth", weights_only=True)["model_state_dict"])
+
+
+def test_bare_state_dict_loads_with_arch(tmp_path, fails, scenes):
+    model = models.build("segformer-b0", data.DESERT)
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "bare.pth")
+    loaded, _ = models.load_model(tmp_path / "bare.pth", "segformer-b0", data.DESERT)
+    assert states_equal(loaded.state_dict(), model.state_dict())
+    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    fails(infer.main, [picture, "--checkpoint", str(tmp_path / "bare.pth")], "--arch segformer-b0")
+    fails(infer.main, [picture, "--checkpoint", str(tmp_path / "bare.pth"), "--arch", "deeplab"], "holds segformer-b0, not deeplab")
+
+
+def test_folder_of_mit_weights_arrives_whole(tmp_path, fails, scenes):
+    torch.manual_seed(5)
+    config = models.build("segformer-b0", data.DESERT).config
+    source = transformers.SegformerForImageClassification(config)
+    source.save_pretrained(tmp_path / "mit-b0")
+    model = models.build("segformer-b0", data.DESERT, str(tmp_path / "mit-b0"))
+    mine = {models.old_key(k): v for k, v in model.state_dict().items() if not k.startswith("decode_head")}
+    theirs = {models.old_key(k): v for k, v in source.state_dict().items() if not k.startswith("classifier")}
+    assert states_equal(mine, theirs) and len(mine) > 100
+    fails(train_teacher.main, ["--arch", "segformer-b1", "--data", str(scenes), "--out", str(tmp_path), "--init", str(tmp_path / "mit-b0")],
+          "--init", "mit-b0", "not those of segformer-b1")
+
+
+def test_resnet50_state_dict_arrives_whole(tmp_path):
+    source = torchvision.models.resnet50()
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    model = models.build("deeplab", data.DESERT, str(tmp_path / "resnet.pth"))
+    theirs = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
+    assert states_equal(model.backbone.state_dict(), theirs)
+
+
+def test_own_checkpoint_as_init(trained, capsys):
+    out, *_ = trained
+    model = models.build("segformer-b1", data.DESERT, str(out / "best_student.pth"))
+    assert states_equal(model.state_dict(), models.load_model(out / "best_student.pth")[0].state_dict())
+    other = models.build("segformer-b1", data.DESERT[:4], str(out / "best_student.pth"))
+    assert other.decode_head.classifier.out_channels == 4 and "classifier is left out" in capsys.readouterr().out
+
+
+def test_failed_download_is_said_in_one_line(monkeypatch, tmp_path, fails, scenes):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+    monkeypatch.setattr(models.SegFormer, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+    for arch in ("deeplab", "segformer"):
+        monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+        fails(train_teacher.main, ["--arch", arch, "--data", str(scenes), "--out", str(tmp_path)], "--init imagenet", "--init PATH", "--init random")
+
+
+def test_ensemble_by_hand():
+    class Fixed(nn.Module):
+        def __init__(self, z):
+            super().__init__()
+            self.z = z
+
+        def forward(self, x):
+            return self.z
+
+    a, b = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 4.0]).view(1, 2, 1, 1)
+    both = [Fixed(a), Fixed(b)]
+    assert models.Ensemble(both, torch.tensor([3.0, 1.0]))(None).flatten().tolist() == pytest.approx([1.5, 1.0])
+    probs = models.Ensemble(both, torch.tensor([1.0, 1.0]), "probs")(None).exp()
+    assert torch.allclose(probs, (a.softmax(1) + b.softmax(1)) / 2)
+    by_class = models.Ensemble(both, torch.tensor([[1.0, 0.25], [0.0, 0.75]]))(None)        # centred: (1, -1) and (-2, 2)
+    assert by_class.flatten().tolist() == pytest.approx([1.0, 0.25 * -1 + 0.75 * 2])
+    bigger = models.Ensemble([Fixed(a), Fixed(b.expand(1, 2, 3, 3))], torch.ones(2))(None)
+    assert bigger.shape == (1, 2, 1, 1)
+
+
+def test_predict_is_bilinear_then_argmax():
+    torch.manual_seed(0)
+    model = models.build("segformer-b0", data.DESERT).eval()
+    image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        z = model(data.normalize(image))
+    expected = F.interpolate(z, (50, 70), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(models.predict(model, image, (50, 70)).long(), expected)
+    flipped = models.predict(model, image, (64, 96), flip=True)
+    assert torch.equal(flipped.flip(2), models.predict(model, image.flip(3), (64, 96), flip=True))
