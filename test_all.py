@@ -589,3 +589,390 @@ def test_predict_is_bilinear_then_argmax():
     assert torch.equal(models.predict(model, image, (50, 70)).long(), expected)
     flipped = models.predict(model, image, (64, 96), flip=True)
     assert torch.equal(flipped.flip(2), models.predict(model, image.flip(3), (64, 96), flip=True))
+
+
+# ---------------------------------------------------------------------------------------------- training
+def test_returns_student_and_history_and_writes_what_readme_says(trained):
+    out, _, student, history = trained
+    assert isinstance(student, transformers.SegformerForSemanticSegmentation)
+    names = {"deep_lab.pth", "deep_lab.jsonl", "deep_lab_curves.png", "segformer-b0.pth", "best_student.pth", "best_student.jsonl", "training_curves.png"}
+    assert names <= {p.name for p in out.iterdir()} and (out / "checkpoints" / "best_student.pth").exists()
+    log = read_log(out / "best_student.jsonl")
+    run = log[0]["run"]
+    assert {"args", "versions", "device", "parameters", "size"} <= run.keys() and run["parameters"] == sum(p.numel() for p in student.parameters())
+    keys = {"epoch", "step", "loss", "hard", "soft", "alpha", "lr", "images_per_s", "wait_s", "peak_memory_mib", "val_miou", "val_iou",
+            "skipped", "logits_clamped", "soft_clamped"}
+    assert len(log) == 2 and keys <= log[1].keys() and log[1:] == history
+    assert list(log[1]["val_iou"]) == [c["name"] for c in data.DESERT]
+    assert log[1]["loss"] == pytest.approx((1 - 0.5) * log[1]["hard"] + 0.5 * log[1]["soft"], rel=0.3)
+
+
+def test_checkpoint_holds_plain_types_and_its_scores(trained):
+    out, *_ = trained
+    content = torch.load(out / "best_student.pth", weights_only=True)
+    assert {"model_state_dict", "arch", "classes", "mean", "std", "size", "epoch", "val_iou", "args"} <= content.keys()
+    assert content["arch"] == "segformer-b1" and content["classes"] == data.DESERT and content["size"] == 64
+
+
+def test_alpha_zero_equals_training_alone_bit_for_bit(scenes, tmp_path, monkeypatch):
+    common = ["--data", str(scenes), *B0, "--steps", "4"]
+    alone, first = train_teacher.main([*common, "--out", str(tmp_path / "a")])
+    monkeypatch.setattr(distill, "load_teachers", lambda *a: pytest.fail("teachers were loaded"))
+    student, second = distill.main([*common, "--out", str(tmp_path / "b"), "--alpha", "0:0"])
+    assert states_equal(alone.state_dict(), student.state_dict())
+    assert [r["val_iou"] for r in first] == [r["val_iou"] for r in second]
+
+
+def test_teachers_are_unchanged_by_training_to_the_bit(trained, scenes, tmp_path, monkeypatch):
+    _, teachers, *_ = trained
+    kept = []
+    once = distill.freeze
+    monkeypatch.setattr(distill, "freeze", lambda *a: kept.append(once(*a)) or kept[-1])
+    before = []
+    fit = distill.fit
+    monkeypatch.setattr(distill, "fit", lambda *a: before.extend({k: v.clone() for k, v in t.state_dict().items()} for t in kept) or fit(*a))
+    distill.main(["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "3", "--teachers", *teachers])
+    assert len(kept) == 2
+    for teacher, old in zip(kept, before, strict=True):
+        assert states_equal(teacher.state_dict(), old) and not teacher.training
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_training_learns(scenes, tmp_path):
+    _, history = train_teacher.main(["--data", str(scenes), *B0, "--out", str(tmp_path), "--epochs", "12", "--class-weights", "none"])
+    assert history[-1]["loss"] < 0.75 * history[0]["loss"] and history[-1]["val_miou"] > 0.12
+
+
+def test_the_ramp_ends_with_the_last_step(scenes, tmp_path, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distill, "ramp", lambda a, b, p: seen.append(losses.ramp(a, b, p)) or seen[-1])
+    distill.main(["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "5", "--alpha", "0.2:0.6", "--teachers", trained[1][0]])
+    assert seen == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("extra", [["--feature", "1", "--kl", "0"], ["--attention", "1"], ["--cwd", "3"], ["--average", "probs"],
+                                   ["--teacher-weights", "auto"], ["--teacher-weights", "3:1"], ["--rare-class-sampling"],
+                                   ["--class-weights", "sqrt"], ["--alpha", "0:0", "--feature", "0.5"]])
+def test_every_signal_trains(extra, trained, scenes, tmp_path):
+    argv = ["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "3", "--teachers", *trained[1], *extra]
+    student, history = distill.main(argv)
+    record = history[-1]
+    for flag, part in (("--feature", "feature"), ("--attention", "attention"), ("--cwd", "cwd")):
+        assert (part in record) == (flag in extra) and record.get(part, 1) > 0
+    assert ("soft" in record) == (extra[:1] != ["--feature"] and extra[:2] != ["--alpha", "0:0"] or "--kl" not in extra and "0:0" in extra)
+    saved = torch.load(tmp_path / "student_segformer-b0.pth", weights_only=True)["model_state_dict"]
+    assert saved.keys() == student.state_dict().keys()        # adapters are not part of it
+
+
+def test_init_teacher_copies_an_even_choice_of_blocks(tmp_path):
+    torch.manual_seed(0)
+    teacher, student = models.build("segformer-b3", data.DESERT), models.build("segformer-b1", data.DESERT)
+    distill.start_from_teacher(student, [teacher])
+    mine = {models.old_key(k): v for k, v in student.state_dict().items()}
+    theirs = {models.old_key(k): v for k, v in teacher.state_dict().items()}
+    at = "segformer.encoder.block.2.{}.mlp.dense1.weight"
+    assert torch.equal(mine[at.format(0)], theirs[at.format(0)]) and torch.equal(mine[at.format(1)], theirs[at.format(17)])
+    assert torch.equal(mine["segformer.encoder.patch_embeddings.3.proj.weight"], theirs["segformer.encoder.patch_embeddings.3.proj.weight"])
+    with pytest.raises(data.Fault, match="--init teacher"):
+        distill.start_from_teacher(models.build("segformer-b0", data.DESERT), [teacher])
+
+
+def test_same_command_twice_gives_the_same_bits_for_any_number_of_workers(scenes, tmp_path):
+    runs = [train_teacher.main(["--data", str(scenes), *B0, "--steps", "4", "--out", str(tmp_path / str(w)), "--workers", str(w)]) for w in (0, 2)]
+    assert states_equal(runs[0][0].state_dict(), runs[1][0].state_dict())
+    assert [without_times(r) for r in runs[0][1]] == [without_times(r) for r in runs[1][1]]
+
+
+def job_for(model, arch="segformer-b0", loss=None, amp=None, weight=None):
+    weight = torch.ones(10) if weight is None else weight
+
+    def alone(forward, batch, fraction):
+        hard = losses.hard_loss(forward(batch.image), batch.mask, weight, batch.weight_sum)
+        return hard, {"hard": hard}
+    return train_teacher.make_job(model, arch, loss or alone, weight, train_teacher.World(0, 1, torch.device("cpu")), amp, 1e-3, 0)
+
+
+def some_batch(count=4, side=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.randint(0, 10, (count, side, side), generator=g).to(torch.uint8)
+    mask[0, : side // 2] = 255                                # uneven numbers of valid pixels
+    return data.Batch(torch.randint(0, 256, (count, 3, side, side), generator=g).to(torch.uint8), mask, torch.eye(2, 3).repeat(count, 1, 1),
+                      torch.tensor([[1.0, 1, 1, 0]]).repeat(count, 1), torch.arange(count))
+
+
+def halves(batch):
+    return [data.Batch(*(v[part] for v in batch[:5])) for part in (slice(0, 2), slice(2, 4))]
+
+
+def kd_loss_for_tests(weight):
+    """Hard and soft loss against fixed logits made from the picture itself."""
+    def loss(forward, batch, fraction):
+        z = forward(batch.image)
+        t = F.avg_pool2d(batch.image, 4).repeat(1, 4, 1, 1)[:, :10]
+        hard, soft = losses.hard_loss(z, batch.mask, weight, batch.weight_sum), losses.soft_loss(z, t, batch.mask, 2.0, batch.valid)[0]
+        return hard + soft + losses.channel_loss(z, t, batch.mask) * batch.share, {"hard": hard, "soft": soft}
+    return loss
+
+
+def test_two_half_batches_equal_one_whole():
+    torch.manual_seed(0)
+    weight = torch.rand(10) + 0.1
+    model = models.build("segformer-b0", data.DESERT)
+    job = job_for(model, loss=kd_loss_for_tests(weight), weight=weight)
+    model.eval()                                              # BatchNorm and dropout see the batch otherwise
+    grads, parts = [], []
+    for batches in ([some_batch()], halves(some_batch())):
+        parts.append(train_teacher.backward(job, batches, 0, 0.5))
+        grads.append([p.grad.clone() for p in model.parameters()])
+        job.optimizer.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * (1 + a.abs().max()))
+    assert {k: float(v) for k, v in parts[0].items()} == pytest.approx({k: float(v) for k, v in parts[1].items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_changes_nothing(bad):
+    torch.manual_seed(0)
+    model = models.build("deeplab", data.DESERT)
+    state = {"bad": 1.0}
+
+    def loss(forward, batch, fraction):
+        value = forward(batch.image).float().mean() * state["bad"]
+        return value, {"hard": value}
+    job, sums = job_for(model, "deeplab", loss), {}
+    train_teacher.train_step(job, [some_batch()], 0, 9, sums)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moments = [v["exp_avg"].clone() for v in job.optimizer.state.values()]
+    state["bad"] = bad
+    _, finite = train_teacher.train_step(job, [some_batch()], 1, 9, sums)
+    assert not finite and states_equal(before, model.state_dict())
+    assert all(torch.equal(a, b["exp_avg"]) for a, b in zip(moments, job.optimizer.state.values(), strict=True))
+    state["bad"] = 1.0
+    _, finite = train_teacher.train_step(job, [some_batch()], 2, 9, sums)
+    record = train_teacher.means(sums, job.world)
+    assert finite and not states_equal(before, model.state_dict()) and record["skipped"] == 1 and math.isfinite(record["loss"])
+
+
+def test_ten_bad_gradients_in_a_row_stop_the_run_and_keep_the_state(scenes, tmp_path, monkeypatch, fails):
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--epochs", "20", "--save-minutes", "0"]
+    once, calls = train_teacher.hard_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return once(*args) * (float("nan") if len(calls) > 5 else 1)
+    monkeypatch.setattr(train_teacher, "hard_loss", loss)
+    line = fails(train_teacher.main, argv, "not finite", "step 20", "hard nan", "scene00", "--lr", status=1)
+    assert line.count("scene00") == 4 and len(calls) == 20
+    state = torch.load(tmp_path / "checkpoints" / "segformer-b0.pth", weights_only=True)
+    assert all(v.isfinite().all() for v in state["model_state_dict"].values())
+
+
+def test_out_of_memory_is_one_line(scenes, tmp_path, monkeypatch, fails):
+    def loss(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_teacher, "hard_loss", loss)
+    fails(train_teacher.main, ["--data", str(scenes), *B0, "--out", str(tmp_path)], "--batch-size 4", "--accumulate", "--size 64", status=1)
+
+
+# ---------------------------------------------------------------------------------------------- resume
+def test_same_command_again_returns_the_finished_run(trained, scenes, capsys):
+    out, teachers, student, history = trained
+    again, records = distill.main(["--teachers", *teachers, "--data", str(scenes), "--out", str(out), *TINY, "--steps", "3"])
+    assert states_equal(again.state_dict(), student.state_dict()) and records == history
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra, name", [(["--seed", "1"], "--seed (was 0, now 1)"), (["--lr", "2e-3"], "--lr"), (["--T", "3"], "--T"),
+                                         (["--alpha", "0.5"], "--alpha"), (["--batch-size", "2"], "--batch-size"), (["--steps", "9"], "--steps")])
+def test_other_settings_are_refused_by_name(extra, name, trained, scenes, fails):
+    out, teachers, *_ = trained
+    fails(distill.main, ["--teachers", *teachers, "--data", str(scenes), "--out", str(out), *TINY, "--steps", "3", *extra], name, "--overwrite", "--out")
+
+
+def test_other_teachers_are_refused(trained, scenes, fails):
+    out, teachers, *_ = trained
+    fails(distill.main, ["--teachers", teachers[1], teachers[0], "--data", str(scenes), "--out", str(out), *TINY, "--steps", "3"], "--teachers")
+
+
+def test_overwrite_starts_afresh_and_a_foreign_checkpoint_is_kept(scenes, tmp_path, fails):
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"]
+    train_teacher.main(argv)
+    _, history = train_teacher.main([*argv, "--seed", "1", "--overwrite"])
+    assert history[-1]["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    fails(train_teacher.main, argv, "segformer-b0.pth", "no state", "--overwrite")
+
+
+class StopAt:
+    """Raises a signal in this process when the loop begins step `step`."""
+
+    def __init__(self, monkeypatch, step, which):
+        once = train_teacher.train_step
+
+        def train_step(job, batches, now, *rest):
+            if now == step:
+                os.kill(os.getpid(), which)
+            return once(job, batches, now, *rest)
+        monkeypatch.setattr(train_teacher, "train_step", train_step)
+
+
+@pytest.mark.parametrize("which, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_signal_saves_and_the_resumed_run_has_the_same_bits(which, status, amp, scenes, tmp_path, monkeypatch, capsys):
+    def argv(out):
+        return ["--data", str(scenes), *B0, "--out", str(tmp_path / out), "--epochs", "3", "--rare-class-sampling", "--amp", amp]
+    whole, history = train_teacher.main(argv("whole"))
+    with monkeypatch.context() as patch:
+        StopAt(patch, 4, which)
+        with pytest.raises(SystemExit) as stop:
+            train_teacher.main(argv("cut"))
+    assert stop.value.code == status and "after step 5 of 9" in capsys.readouterr().err
+    log = tmp_path / "cut" / "segformer-b0.jsonl"
+    log.write_text(log.read_text() + '{"epoch": 2, "torn')
+    resumed, records = train_teacher.main(argv("cut"))
+    assert "goes on after step 5" in capsys.readouterr().out
+    assert states_equal(whole.state_dict(), resumed.state_dict())
+    assert [without_times(r) for r in history] == [without_times(r) for r in records] and read_log(log)[1:] == records
+    best = [torch.load(tmp_path / d / "segformer-b0.pth", weights_only=True) for d in ("whole", "cut")]
+    assert states_equal(best[0]["model_state_dict"], best[1]["model_state_dict"]) and best[0]["epoch"] == best[1]["epoch"]
+
+
+def test_handlers_are_put_back_and_not_touched_in_threads(scenes, tmp_path):
+    import threading
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = []
+    argv = ["--data", str(scenes), *B0, "--steps", "2"]
+    thread = threading.Thread(target=lambda: result.append(train_teacher.main([*argv, "--out", str(tmp_path / "t")])))
+    thread.start()
+    thread.join()
+    train_teacher.main([*argv, "--out", str(tmp_path / "m")])
+    assert len(result) == 1 and (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+CHILD = """
+import os, sys, time
+import data, evaluate, train_teacher
+replace, confusion, step = os.replace, evaluate.confusion, train_teacher.train_step
+def slow(name, call):
+    def run(*a, **k):
+        print(name, flush=True); time.sleep(0.03)
+        return call(*a, **k)
+    return run
+os.replace, evaluate.confusion, train_teacher.train_step = slow("SAVE", replace), slow("VALIDATION", confusion), slow("STEP", step)
+import distill
+(distill if sys.argv[1] == "distill" else train_teacher).main(sys.argv[2:])
+"""
+
+
+def killed_at(argv, phase, wait):
+    """Runs the scripts in a real process and kills it `wait` seconds into its n-th phase; True if it ended before."""
+    name, count = phase
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
+    for line in child.stdout:
+        count -= line.strip() == name
+        if count == 0:
+            time.sleep(wait)
+            child.kill()
+            break
+    child.stdout.close()
+    return child.wait() == 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_with_the_same_bits(scenes, tmp_path, trained):
+    rng = np.random.default_rng()
+    print("seed", rng.bit_generator.seed_seq.entropy)
+
+    def argv(out):
+        return ["distill", "--data", str(scenes), *B0, "--amp", "fp16", "--out", str(tmp_path / out), "--epochs", "4", "--save-minutes", "0",
+                "--workers", "1", "--teachers", *trained[1], "--cache-teachers"]
+    assert killed_at(argv("whole"), ("NEVER", 1), 0)
+    phases = [("STEP", 2), ("SAVE", 7), ("VALIDATION", 2), ("STEP", int(rng.integers(1, 4))), ("SAVE", int(rng.integers(2, 9))),
+              ("VALIDATION", int(rng.integers(1, 5))), ("STEP", int(rng.integers(1, 3)))]
+    ended = [killed_at(argv("cut"), phase, float(rng.uniform(0, 0.1))) for phase in phases]
+    assert not any(ended[:5])
+    assert killed_at(argv("cut"), ("NEVER", 1), 0)
+    for path in ("student_segformer-b0.pth", "checkpoints/student_segformer-b0.pth"):
+        a, b = (torch.load(tmp_path / d / path, weights_only=True) for d in ("whole", "cut"))
+        assert states_equal(a["model_state_dict"], b["model_state_dict"]) and a["epoch"] == b["epoch"] and a["val_iou"] == b["val_iou"]
+    logs = [[without_times(r) for r in read_log(tmp_path / d / "student_segformer-b0.jsonl")[1:]] for d in ("whole", "cut")]
+    assert logs[0] == logs[1] and [r["epoch"] for r in logs[0]] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_stops_at_once(scenes, tmp_path):
+    code = "import sys, time, train_teacher\nonce = train_teacher.train_step\n" \
+           "def slow(*a):\n    print('STEP', flush=True); time.sleep(60); return once(*a)\n" \
+           "train_teacher.train_step = slow; train_teacher.main(sys.argv[1:])"
+    child = subprocess.Popen([sys.executable, "-c", code, "--data", str(scenes), *B0, "--out", str(tmp_path)], stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True, cwd=HERE)
+    while child.stdout.readline().strip() != "STEP":
+        pass
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert child.poll() is None                               # it finishes the step first
+    child.send_signal(signal.SIGINT)
+    assert child.wait(5) == -signal.SIGINT
+
+
+def test_full_disk_leaves_the_old_file(tmp_path):
+    import resource
+    path = tmp_path / "a.pth"
+    models.save_model(path, nn.Linear(2, 2), "deeplab", data.DESERT)
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(data.Fault, match="cannot be written") as fault:
+            models.save_model(path, nn.Linear(500, 500), "deeplab", data.DESERT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fault.value.status == 1 and path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+def gradients_of_a_process(rank, world, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29577", RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    with train_teacher.processes("cpu") as me:
+        torch.manual_seed(0)
+        weight = torch.rand(10) + 0.1
+        model = models.build("segformer-b0", data.DESERT)
+        job = train_teacher.make_job(model, "segformer-b0", kd_loss_for_tests(weight), weight, me, None, 1e-3, 0)
+        model.eval()
+        train_teacher.backward(job, [halves(some_batch())[rank]], 0, 0.5)
+        torch.save([p.grad for p in model.parameters()], Path(folder) / f"{rank}.pth")
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.manual_seed(0)
+    weight = torch.rand(10) + 0.1
+    model = models.build("segformer-b0", data.DESERT)
+    job = job_for(model, loss=kd_loss_for_tests(weight), weight=weight)
+    model.eval()
+    train_teacher.backward(job, [some_batch()], 0, 0.5)
+    torch.multiprocessing.spawn(gradients_of_a_process, (2, str(tmp_path)), 2)
+    for rank in (0, 1):
+        for p, grad in zip(model.parameters(), torch.load(tmp_path / f"{rank}.pth", weights_only=True), strict=True):
+            assert torch.allclose(p.grad, grad, atol=1e-5 * (1 + p.grad.abs().max()))
+
+
+def torchrun(script, argv, check=True):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", str(HERE / script), *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=check)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_validates_like_one_process(scenes, tmp_path, trained):
+    argv = ["--data", str(scenes), *B0, "--batch-size", "2", "--epochs", "2", "--teachers", *trained[1], "--feature", "1"]
+    done = torchrun("distill.py", [*argv, "--out", str(tmp_path)])
+    assert done.stdout.count("= 4, cpu") == 1                 # the global batch, printed once
+    log = read_log(tmp_path / "student_segformer-b0.jsonl")
+    assert [r["epoch"] for r in log[1:]] == [1, 2] and log[0]["run"]["processes"] == 2
+    assert log[-1]["step"] == 6                               # 12 pairs / (2 x 2)
+    rows = evaluate.main([str(tmp_path / "checkpoints" / "student_segformer-b0.pth"), "--data", str(scenes), "--amp", "off", "--device", "cpu",
+                          "--out", str(tmp_path), "--workers", "0"])
+    assert rows[0]["iou"] == log[-1]["val_iou"] and rows[0]["pixel_accuracy"] == log[-1]["val_pixel_accuracy"]
+    refused = torchrun("distill.py", [*argv, "--out", str(tmp_path), "--seed", "5"], check=False)
+    assert refused.returncode != 0 and "--seed (was 0, now 5)" in refused.stderr

@@ -414,8 +414,9 @@ def find_state(path, best, who, overwrite):
         raise Fault(f"{path}: is no state of a run; move it away or choose another --out")
     other = sorted(key for key in {*old, *who} if plain(old.get(key)) != plain(who.get(key)))
     if other:
-        flags = ", ".join(f"--{key.replace('_', '-')} (was {str(old.get(key))[:40]}, now {str(who.get(key))[:40]})" for key in other)
-        raise Fault(f"{path}: belongs to a run with other settings: {flags}; --overwrite starts afresh, --out DIR keeps both")
+        names = ", ".join(f"{key if key in ('processes', 'data') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
+                          f"now {str(who.get(key))[:40]})" for key in other)
+        raise Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
 
 
@@ -428,8 +429,8 @@ def plain(value):
 def describe_run(name, args, model, train, val, device, dtype, world, total):
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
     return {"run": {"name": name, "args": plain(vars(args)), "steps": total, "processes": world.size,
-                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                 "torchvision": torchvision.__version__, "transformers": transformers.__version__},
+                    "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                                 "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
                     "device": f"{device.type} {kind}", "precision": str(dtype or torch.float32).removeprefix("torch."),
                     "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
                     "size": args.size, "picture": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
@@ -497,6 +498,10 @@ def report(world, out, name, header, history, classes, bar):
 def open_data(args, world, classes):
     """The two splits; counts of the training masks are kept beside the outputs. Rank 0 reads first."""
     root, kept = find_data(args.data), Path(args.out) / "scan"
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
     if world.rank > 0:
         dist.barrier(world.control)
     splits = [Pairs(root, split, classes, args.masks, f"{kept}_{split}.json") for split in ("train", "val")]
