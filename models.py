@@ -10,6 +10,7 @@ Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers,
 """
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -239,7 +240,8 @@ def read_file(path, flag=""):
     """torch.load with weights_only=True: plain types only, code in a pickle is refused without being run."""
     where = f"{flag} {path}".strip()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):        # of a foreign pickle's protocol: what follows says it better
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Fault(f"{where}: no such file; train it first or name another") from None
     except pickle.UnpicklingError:

@@ -60,6 +60,12 @@ def trained(scenes, tmp_path_factory):
     return out, teachers, student, history
 
 
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch):
+    """Speed is measured as in earnest, but briefly."""
+    monkeypatch.setattr(evaluate.time_interleaved, "__defaults__", (0.1, 2))
+
+
 @pytest.fixture(scope="session")
 def pairs(scenes):
     return data.Pairs(scenes, "train", data.DESERT)
@@ -976,3 +982,554 @@ def test_torchrun_trains_and_validates_like_one_process(scenes, tmp_path, traine
     assert rows[0]["iou"] == log[-1]["val_iou"] and rows[0]["pixel_accuracy"] == log[-1]["val_pixel_accuracy"]
     refused = torchrun("distill.py", [*argv, "--out", str(tmp_path), "--seed", "5"], check=False)
     assert refused.returncode != 0 and "--seed (was 0, now 5)" in refused.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the teacher cache
+@pytest.fixture
+def squares(tmp_path):
+    """Square pictures whose whole is the crop, so that the identity map shows teachers the same pixels either way."""
+    for n in range(4):
+        image, mask = data.draw_scene(n, 96, 96)
+        for part, content in (("Color_Images", image), ("Segmentation", Image.fromarray(mask))):
+            (tmp_path / "squares" / "train" / part).mkdir(parents=True, exist_ok=True)
+            content.save(tmp_path / "squares" / "train" / part / f"{n}.png")
+    return data.Pairs(tmp_path / "squares", "train", data.DESERT)
+
+
+def make_cache(folder, split, model, key="k"):
+    cache = distill.Cache(folder, {"key": key}, split, 96)
+    cache.build(model, train_teacher.World(0, 1, torch.device("cpu")), None, 0)
+    return cache
+
+
+def test_cache_under_the_identity_equals_the_teachers_online(squares, tmp_path):
+    torch.manual_seed(0)
+    model = models.build("segformer-b0", data.DESERT).eval()
+    cache = make_cache(tmp_path, squares, model)
+    crops = [squares.crop(n, 96, np.eye(2, 3)) for n in range(4)]
+    batch = data.Batch(torch.stack([c[0] for c in crops]), torch.stack([c[1] for c in crops]), torch.eye(2, 3).repeat(4, 1, 1),
+                       torch.tensor([[1.0, 1, 1, 0]]).repeat(4, 1), torch.arange(4))
+    ready = data.to_device(batch, torch.device("cpu"))
+    with torch.no_grad():
+        online = model(ready.image)
+    cached = cache.crops(ready, 96)
+    assert torch.allclose(cached, online, atol=2e-3)
+    z = torch.randn(4, 10, 24, 24)
+    a, b = (losses.soft_loss(z, t, ready.mask, 2.0)[0].item() for t in (online, cached))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_cached_maps_follow_the_samples_own_matrix(squares, tmp_path):
+    """A map of picture coordinates, warped: cell centres arrive where the matrix says."""
+    cache = distill.Cache(tmp_path, {}, squares, 96)
+    cache.open(train_teacher.World(0, 1, torch.device("cpu")))
+    y, x = np.meshgrid((np.arange(24) + 0.5) * 4, (np.arange(24) + 0.5) * 4, indexing="ij")
+    maps = np.zeros((4, 10, 24, 24), np.float16)
+    maps[:, 0], maps[:, 1] = x, y
+    cache.values[:] = maps.ravel()
+    rng = np.random.default_rng(0)
+    matrix = torch.from_numpy(np.stack([data.draw_affine(rng, 96, 96, 96) for _ in range(4)])).float()
+    batch = data.Batch(torch.zeros(4, 3, 96, 96), torch.zeros(4, 96, 96), matrix, torch.zeros(4, 4), torch.arange(4))
+    warped = cache.crops(batch, 96)
+    for n in range(4):
+        for i, j in ((12, 12), (8, 15), (0, 23)):
+            place = matrix[n] @ torch.tensor([4 * j + 2.0, 4 * i + 2.0, 1.0])
+            if ((place > 4) & (place < 92)).all():
+                assert torch.allclose(warped[n, :2, i, j], place, atol=0.1)
+
+
+def test_cache_goes_on_where_it_was_and_is_rebuilt_when_stale(squares, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, seen = models.build("segformer-b0", data.DESERT).eval(), []
+    once = distill.scores
+    monkeypatch.setattr(distill, "scores", lambda *a: seen.append(1) or (_ for _ in ()).throw(KeyboardInterrupt) if len(seen) == 2 else seen.append(1) or once(*a))
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(tmp_path, squares, model)
+    monkeypatch.setattr(distill, "scores", lambda *a: seen.append(1) or once(*a))
+    seen.clear()
+    first = make_cache(tmp_path, squares, model).values.copy()
+    assert len(seen) == 2                                     # two were done before the interruption
+    make_cache(tmp_path, squares, model)
+    assert len(seen) == 2
+    again = make_cache(tmp_path, squares, model, key="other weights")
+    assert len(seen) == 6 and np.array_equal(again.values, first)
+    assert np.isfinite(first).all() and (first != 0).any()
+
+
+def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained, scenes, tmp_path, capsys):
+    argv = ["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "3", "--teachers", *trained[1], "--cache-teachers"]
+    _, history = distill.main(argv)
+    said = capsys.readouterr().out
+    assert "teacher cache: 12 of 12 pictures" in said and "MB" in said and "minutes" in said
+    online = distill.main([*(a for a in argv if a != "--cache-teachers"), "--out", str(tmp_path / "online")])[1]
+    assert history[0]["soft"] == pytest.approx(online[0]["soft"], rel=0.5) and history[0]["hard"] == pytest.approx(online[0]["hard"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_host_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+    """Anonymous memory of one process over 5,000 small pairs, after the first 1,000 and at the end."""
+    for part in ("Color_Images", "Segmentation"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+    image, mask = data.draw_scene(0, 64, 48)
+    for n in range(5000):
+        image.save(tmp_path / "train" / "Color_Images" / f"{n}.bmp")
+        Image.fromarray(mask).save(tmp_path / "train" / "Segmentation" / f"{n}.png")
+    code = f"""
+import data, distill, torch
+def anonymous():
+    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024
+split = data.Pairs({str(tmp_path)!r}, 'train', data.DESERT)
+cache = distill.Cache({str(tmp_path)!r}, {{}}, split, 64)
+import train_teacher
+cache.open(train_teacher.World(0, 1, torch.device('cpu')))
+order = data.Order(len(split), 10, 0, 0, 1000)
+for n, batch in enumerate(data.loader(data.Crops(split, 64, 0), 0, False, order)):
+    cache.crops(data.to_device(batch, torch.device('cpu')), 64)
+    if n in (100, 999): print(anonymous())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+    first, last = map(float, done.stdout.split())
+    assert last - first < 30                                  # MiB, over two epochs
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+def test_scores_by_hand_and_as_scikit_learn():
+    target, labels = torch.tensor([[0, 0, 1, 1], [1, 255, 3, 3]]), torch.tensor([[0, 1, 1, 1], [0, 0, 3, 1]])
+    table = [{"name": n, "id": i, "color": [0, 0, 0]} for i, n in enumerate("abcd")]
+    matrix = evaluate.confusion(labels, target, 4)
+    scores = evaluate.summary(matrix, table)
+    assert scores["iou"] == {"a": pytest.approx(1 / 3), "b": pytest.approx(2 / 5), "c": None, "d": pytest.approx(1 / 2)}
+    assert scores["miou_present"] == pytest.approx((1 / 3 + 2 / 5 + 1 / 2) / 3) and scores["miou"] == pytest.approx((1 / 3 + 2 / 5 + 1 / 2) / 4)
+    assert scores["precision"] == {"a": 0.5, "b": 0.5, "c": None, "d": 1.0} and scores["recall"]["b"] == pytest.approx(2 / 3)
+    assert scores["pixel_accuracy"] == pytest.approx(4 / 7)
+    metrics = pytest.importorskip("sklearn.metrics")
+    keep = target != 255
+    t, p = target[keep].numpy(), labels[keep].numpy()
+    assert np.array_equal(matrix.numpy(), metrics.confusion_matrix(t, p, labels=range(4)))
+    assert [v for v in scores["iou"].values() if v is not None] == pytest.approx(list(metrics.jaccard_score(t, p, labels=[0, 1, 3], average=None)))
+
+
+def test_one_matrix_for_the_split_equals_the_sum_over_pictures(trained, scenes):
+    model, _ = models.load_model(trained[0] / "best_student.pth")
+    split = data.Pairs(scenes, "val", data.DESERT)
+    whole = evaluate.evaluate(model, split, 64)
+    by_hand = torch.zeros(10, 10, dtype=torch.int64)
+    for n in range(len(split)):
+        image = data.whole_image(data.read_image(split.pairs[n][0]), 64)
+        labels, target = models.predict(model, image, (108, 192))[0].numpy(), split.get_raw_mask(n)
+        np.add.at(by_hand.numpy(), (target, labels), 1)
+    assert torch.equal(whole, by_hand) and whole.sum() == 4 * 108 * 192
+    parts = sum(evaluate.evaluate(model, split, 64, numbers=range(r, 4, 3)) for r in range(3))
+    assert torch.equal(parts, whole)
+
+
+def test_evaluate_writes_the_table_json_and_pictures(trained, scenes, tmp_path, capsys):
+    out, teachers, *_ = trained
+    argv = [*teachers, str(out / "best_student.pth"), "--data", str(scenes), "--ensemble", "--teacher-weights", "2:1", "--tta", "flip",
+            "--out", str(tmp_path), "--json", str(tmp_path / "scores.json"), "--save-worst", "2", "--amp", "off", "--workers", "0", "--device", "cpu"]
+    rows = evaluate.main(argv)
+    said = capsys.readouterr().out
+    names = ["deep_lab", "deep_lab + flip", "segformer-b0", "segformer-b0 + flip", "best_student", "best_student + flip", "ensemble"]
+    assert [row["name"] for row in rows] == names and all(name in said for name in ("GMACs", "agreement", "<50 ms", "512x512", "threads", *names))
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert {"name", "params", "gmacs", "miou", "miou_present", "pixel_accuracy", "iou", "ms", "fps", "size"} <= content["models"][0].keys()
+    assert rows[-1]["agreement"] == 1 and rows[-1]["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
+    assert len(list(tmp_path.glob("confusion_*.png"))) == 7 and len(list((tmp_path / "worst_best_student").glob("*.png"))) == 2
+    ensemble = models.Ensemble([models.load_model(t)[0] for t in teachers], torch.tensor([2.0, 1.0])).eval()
+    expected = evaluate.summary(evaluate.evaluate(ensemble, data.Pairs(scenes, "val", data.DESERT), 64), data.DESERT)
+    assert rows[-1]["miou"] == pytest.approx(expected["miou"], abs=2e-3)
+    last = read_log(out / "best_student.jsonl")[-1]
+    assert rows[4]["iou"] == last["val_iou"]                  # the log's own figures, to the bit
+
+
+def test_absent_class_is_na(trained, tmp_path, copy_of, capsys):
+    for path in (copy_of / "val" / "Segmentation").iterdir():
+        mask = np.asarray(Image.open(path)).copy()
+        mask[mask == 700] = 7100
+        Image.fromarray(mask).save(path)
+    shutil.move(copy_of / "val", tmp_path / "flat")
+    rows = evaluate.main([str(trained[0] / "best_student.pth"), "--data", str(tmp_path / "flat"), "--split", ".", "--out", str(tmp_path), "--workers", "0"])
+    assert rows[0]["iou"]["Logs"] is None and rows[0]["miou_present"] == pytest.approx(rows[0]["miou"] * 10 / 9)
+    assert "n/a" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Logs"))
+
+
+def test_gmacs_are_counted_after_the_rewrite():
+    b1 = models.build("segformer-b1", data.DESERT).eval()
+    assert evaluate.count_gmacs(models.freeze(b1, "segformer-b1")) == pytest.approx(11.0, abs=0.2)
+    stock = transformers.SegformerForSemanticSegmentation(b1.config).eval()
+    assert evaluate.count_gmacs(stock) == pytest.approx(15.3, abs=0.3)
+
+
+def street(root):
+    """An eleven-class set with 8-bit class indices."""
+    table = [{"name": f"class {n}", "id": n, "color": [20 * n, 255 - 20 * n, 90]} for n in range(11)]
+    (root / "classes.json").write_text(json.dumps(table))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for part in ("Color_Images", "Segmentation"):
+            (root / split / part).mkdir(parents=True)
+        for n in range(count):
+            labels = np.kron(rng.integers(0, 11, (4, 6)), np.ones((16, 16), int)).astype(np.uint8)
+            Image.fromarray(np.stack([20 * labels, 255 - 20 * labels, 0 * labels + 90], -1)).save(root / split / "Color_Images" / f"größe {n}.png")
+            Image.fromarray(labels).save(root / split / "Segmentation" / f"größe {n}.png")
+    return ["--data", str(root), "--classes", str(root / "classes.json")]
+
+
+def test_another_class_table_from_end_to_end(tmp_path, trained, fails, capsys):
+    flags = street(tmp_path)
+    student, history = train_teacher.main([*flags, *B0, "--out", str(tmp_path / "o"), "--steps", "2", "--batch-size", "2"])
+    assert student.decode_head.classifier.out_channels == 11 and "class indices" not in capsys.readouterr().err
+    rows = evaluate.main([str(tmp_path / "o" / "segformer-b0.pth"), *flags, "--out", str(tmp_path / "o"), "--workers", "0"])
+    assert list(rows[0]["iou"]) == [f"class {n}" for n in range(11)]
+    infer.main([str(tmp_path / "val" / "Color_Images"), "--checkpoint", str(tmp_path / "o" / "segformer-b0.pth"), "--out", str(tmp_path / "p")])
+    assert (tmp_path / "p" / "größe 0_mask.png").exists()
+    fails(distill.main, [*flags, *B0, "--out", str(tmp_path / "o"), "--teachers", *trained[1]], "--teachers", "another class table")
+
+
+# ---------------------------------------------------------------------------------------------- inference and export
+def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_path):
+    checkpoint = str(trained[0] / "best_student.pth")
+    infer.main([str(scenes / "val" / "Color_Images"), "--checkpoint", checkpoint, "--out", str(tmp_path), "--raw", "--device", "cpu"])
+    rows = evaluate.main([checkpoint, "--data", str(scenes), "--out", str(tmp_path), "--workers", "0", "--device", "cpu"])
+    split, matrix = data.Pairs(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
+    for n, (picture, _) in enumerate(split.pairs):
+        with Image.open(tmp_path / f"{picture.stem}_mask.png") as image:
+            labels = torch.from_numpy(np.array(image))
+            assert image.mode == "P" and image.size == (192, 108) and image.getpalette()[27:30] == data.DESERT[9]["color"]
+        ids = np.asarray(Image.open(tmp_path / f"{picture.stem}_ids.png"))
+        assert np.array_equal(ids, np.array([c["id"] for c in data.DESERT])[labels.numpy()])
+        assert Image.open(tmp_path / f"{picture.stem}_overlay.png").size == (192, 108)
+        matrix += evaluate.confusion(labels, torch.from_numpy(split.get_raw_mask(n)), 10)
+    assert evaluate.summary(matrix, data.DESERT)["iou"] == rows[0]["iou"]
+
+
+def test_inputs_of_every_kind_and_bad_files_are_skipped(trained, scenes, tmp_path, capsys):
+    image, _ = data.draw_scene(1, 120, 80)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    image.save(tmp_path / "in" / "a.png")
+    image.convert("L").save(tmp_path / "in" / "b.tif")
+    image.convert("RGBA").save(tmp_path / "in" / "c.webp")
+    image.save(tmp_path / "in" / "sub" / "a.jpg")
+    (tmp_path / "in" / "broken.png").write_text("no picture")
+    common = ["--checkpoint", str(trained[0] / "best_student.pth"), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        infer.main([str(tmp_path / "in"), str(tmp_path / "in" / "*" / "*.jpg"), *common, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1 and "broken.png" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").glob("*_mask.png")} == {"a_mask.png", "b_mask.png", "c_mask.png", "a_2_mask.png"}
+
+
+def test_an_input_is_never_overwritten(trained, tmp_path, fails):
+    image, _ = data.draw_scene(1, 120, 80)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a_mask.png")
+    old = (tmp_path / "a_mask.png").read_bytes()
+    fails(infer.main, [str(tmp_path / "a.png"), str(tmp_path / "a_mask.png"), "--checkpoint", str(trained[0] / "best_student.pth"),
+                       "--out", str(tmp_path)], "--out", "a_mask.png", "overwrite")
+    assert (tmp_path / "a_mask.png").read_bytes() == old
+
+
+def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fails):
+    checkpoint = trained[0] / "best_student.pth"
+    infer.main(["--export", str(tmp_path / "hf"), "--checkpoint", str(checkpoint)])
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}
+    model = transformers.AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert list(model.config.id2label.values()) == [c["name"] for c in data.DESERT]
+    image = data.read_image(next((scenes / "val" / "Color_Images").iterdir())).resize((896, 512))
+    with torch.no_grad():
+        z = model(**processor(image, return_tensors="pt")).logits
+    ours = models.predict(models.load_model(checkpoint)[0], data.whole_image(image, 512), (512, 896))
+    theirs = F.interpolate(z, (512, 896), mode="bilinear", align_corners=False).argmax(1)
+    assert (ours.long() == theirs).float().mean() > 0.999
+    segments = transformers.pipeline("image-segmentation", model=str(tmp_path / "hf"), device="cpu")(image)
+    assert {s["label"] for s in segments} <= {c["name"] for c in data.DESERT} and segments
+    fails(infer.main, ["--export", str(tmp_path / "d"), "--checkpoint", trained[1][0]], "only SegFormer", ".onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["96x160", "dynamic"])
+def test_onnx_gives_torchs_labels(shape, trained, tmp_path, capsys):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    target = tmp_path / "student.onnx"
+    infer.main(["--export", str(target), "--shape", shape, "--checkpoint", str(trained[0] / "best_student.pth")])
+    assert capsys.readouterr().out.count("% of the labels equal") == (3 if shape == "dynamic" else 1)
+    session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, 96, 160), dtype=np.uint8)
+    labels = session.run(None, {"image": image})[0]
+    ours = models.predict(models.load_model(trained[0] / "best_student.pth")[0], torch.from_numpy(image), (96, 160)).numpy()
+    assert labels.dtype == np.uint8 and labels.shape == (1, 96, 160) and (labels == ours).mean() > 0.999
+
+
+@pytest.mark.slow
+def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    target = tmp_path / "student.int8.onnx"
+    infer.main(["--export", str(target), "--shape", "96x160", "--checkpoint", str(trained[0] / "best_student.pth"), "--data", str(scenes),
+                "--calibrate", str(scenes / "train" / "Color_Images")])
+    assert target.stat().st_size < 0.3 * (tmp_path / "student.onnx").stat().st_size
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def damage(folder, part, change):
+    """change(path) on the first file of a part of the training split; returns its path."""
+    path = sorted((folder / "train" / part).iterdir())[0]
+    change(path)
+    return path
+
+
+def change_masks(change):
+    def apply(folder):
+        for path in (folder / "train" / "Segmentation").iterdir():
+            Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
+    return apply
+
+
+def first(part, change):
+    return lambda folder: damage(folder, part, change)
+
+
+def empty(folder):
+    for path in (*(folder / "train" / "Color_Images").iterdir(), *(folder / "train" / "Segmentation").iterdir()):
+        path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def picture(*size):
+    return lambda path: Image.new("RGB", size).save(path)
+
+
+def half_as_indices(path):
+    mask = np.asarray(Image.open(path))
+    Image.fromarray(data.label_table(data.DESERT, "ids")[mask]).save(path)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path.with_suffix(".jpg"), exif=exif)
+    path.unlink()
+
+
+BAD_DATA = {
+    "empty split": (empty, ["holds no pictures"]),
+    "no mask": (first("Segmentation", Path.unlink), ["scene0000.png", "no partner", "Segmentation"]),
+    "no picture": (first("Color_Images", Path.unlink), ["scene0000.png", "no partner", "Color_Images"]),
+    "zero bytes": (first("Color_Images", lambda p: p.write_bytes(b"")), ["scene0000.png", "cannot be read", "replace"]),
+    "zero bytes mask": (first("Segmentation", lambda p: p.write_bytes(b"")), ["scene0000.png", "cannot be read"]),
+    "truncated picture": (first("Color_Images", truncate), ["scene0000.png", "damaged picture"]),
+    "truncated mask": (first("Segmentation", truncate), ["scene0000.png", "damaged mask"]),
+    "text as png": (first("Color_Images", lambda p: p.write_text("hello")), ["scene0000.png", "cannot be read"]),
+    "rgb mask": (first("Segmentation", lambda p: Image.open(p).convert("L").convert("RGB").save(p)), ["scene0000.png", "mode RGB", "greyscale"]),
+    "high byte": (change_masks(lambda m: (m >> 8).astype(np.uint8)), ["high byte", "depth unchanged"]),
+    "clipped": (change_masks(lambda m: m.clip(0, 255).astype(np.uint8)), ["clipped at 255", "depth unchanged"]),
+    "modulo": (change_masks(lambda m: (m & 255).astype(np.uint8)), ["modulo 256", "depth unchanged"]),
+    "one clipped": (first("Segmentation", lambda p: Image.fromarray(np.asarray(Image.open(p)).clip(0, 255).astype(np.uint8)).save(p)),
+                    ["scene0000.png", "clipped at 255"]),
+    "mixture": (first("Segmentation", half_as_indices), ["scene0000.png", "must not mix"]),
+    "unknown ids only": (change_masks(lambda m: (m + 20000).astype(np.uint16)), ["no class table entry", "--classes"]),
+    "mask of another size": (first("Segmentation", lambda p: Image.open(p).crop((0, 0, 100, 100)).save(p)), ["scene0000.png", "100x100", "192x108"]),
+    "turned by exif": (first("Color_Images", turned), ["scene0000", "EXIF", "108x192"]),
+    "1x1 picture": (first("Color_Images", picture(1, 1)), ["scene0000.png", "1x1"]),
+    "1x5000 picture": (first("Color_Images", picture(1, 5000)), ["scene0000.png", "1x5000"]),
+    "aspect above 8": (first("Color_Images", picture(900, 100)), ["scene0000.png", "aspect"]),
+    "two of one stem": (first("Color_Images", lambda p: shutil.copy(p, p.with_suffix(".bmp"))), ["scene0000", "same stem"]),
+    "no folder": (lambda d: shutil.rmtree(d / "val"), ["val", "No such file"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_line(case, copy_of, tmp_path, fails):
+    change, words = BAD_DATA[case]
+    change(copy_of)
+    fails(train_teacher.main, ["--data", str(copy_of), *B0, "--out", str(tmp_path / "out")], *words)
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+BAD_FLAGS = {
+    "alpha too large": (distill.main, ["--alpha", "2:0"], ["--alpha 2:0", "0..1"]),
+    "alpha nonsense": (distill.main, ["--alpha", "nonsense"], ["--alpha nonsense"]),
+    "alpha of three": (distill.main, ["--alpha", "0:1:0"], ["--alpha 0:1:0"]),
+    "alpha nan": (distill.main, ["--alpha", "nan"], ["--alpha nan"]),
+    "T of 0": (distill.main, ["--T", "0"], ["--T", "'0'", "above 0"]),
+    "negative T": (distill.main, ["--T", "-1"], ["--T", "-1"]),
+    "weights of the wrong length": (distill.main, ["--teacher-weights", "1:1:1"], ["--teacher-weights 1:1:1", "2 numbers"]),
+    "weights all zero": (distill.main, ["--teacher-weights", "0:0"], ["--teacher-weights 0:0"]),
+    "weights negative": (distill.main, ["--teacher-weights", "2:-1"], ["--teacher-weights 2:-1", "negative"]),
+    "weights nonsense": (distill.main, ["--teacher-weights", "a:b"], ["--teacher-weights a:b"]),
+    "size": (distill.main, ["--size", "100"], ["--size", "multiple of 32", "96"]),
+    "size of 0": (train_teacher.main, ["--size", "0"], ["--size", "0"]),
+    "batch of 0": (train_teacher.main, ["--batch-size", "0"], ["--batch-size", "at least 1"]),
+    "batch above the split": (train_teacher.main, ["--arch", "segformer-b0", "--batch-size", "99"], ["--batch-size 99", "12"]),
+    "batch of 1 for deeplab": (train_teacher.main, ["--arch", "deeplab", "--batch-size", "1"], ["--batch-size 1", "BatchNorm"]),
+    "lr": (train_teacher.main, ["--lr", "-1"], ["--lr"]),
+    "epochs": (train_teacher.main, ["--epochs", "1.5"], ["--epochs", "whole number"]),
+    "seed": (train_teacher.main, ["--seed", "-3"], ["--seed"]),
+    "abbreviated": (train_teacher.main, ["--batch", "4"], ["--batch"]),
+    "unknown architecture": (train_teacher.main, ["--arch", "unet"], ["--arch", "unet", "deeplab"]),
+    "device": (train_teacher.main, ["--device", "tpu"], ["--device tpu"]),
+    "no such data": (train_teacher.main, ["--data", "nowhere"], ["--data nowhere"]),
+    "no such init": (train_teacher.main, ["--init", "nowhere.pth"], ["--init nowhere.pth", "no such file"]),
+    "init teacher without one": (distill.main, ["--init", "teacher", "--teachers", "DEEPLAB"], ["--init teacher", "no teacher is a SegFormer"]),
+    "no teachers": (distill.main, [], ["deep_lab.pth", "no such file"]),
+    "cache and features": (distill.main, ["--cache-teachers", "--feature", "1", "--teachers", "DEEPLAB"], ["--cache-teachers", "--feature"]),
+    "no checkpoints": (evaluate.main, ["nowhere.pth"], ["nowhere.pth", "no such file"]),
+    "ensemble of the wrong length": (evaluate.main, ["DEEPLAB", "--ensemble", "--teacher-weights", "1:2"], ["--teacher-weights 1:2"]),
+    "no such split": (evaluate.main, ["DEEPLAB", "--split", "nowhere"], ["nowhere"]),
+    "no such picture": (infer.main, ["nowhere.png", "--checkpoint", "DEEPLAB"], ["nowhere.png"]),
+    "no picture at all": (infer.main, [], ["nothing to do"]),
+    "shape": (infer.main, ["--export", "a.onnx", "--shape", "100x100", "--checkpoint", "DEEPLAB"], ["--shape 100x100"]),
+    "int8 without pictures": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
+    "folder without pictures": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without pictures"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flag_is_one_line(case, scenes, trained, tmp_path, monkeypatch, fails):
+    main, argv, words = BAD_FLAGS[case]
+    (tmp_path / "empty").mkdir()
+    argv = [{"DEEPLAB": trained[1][0], "FOLDER": str(tmp_path / "empty")}.get(word, word) for word in argv]
+    monkeypatch.chdir(tmp_path)
+    extra = [] if main is infer.main else ["--data", str(scenes)] if "--data" not in argv else []
+    extra += ["--init", "random", "--size", "64", "--out", "out"] if main in (distill.main, train_teacher.main) else []
+    fails(main, [*extra, *argv], *words)
+    assert not list(tmp_path.glob("**/*.pth")) and not list(tmp_path.glob("*.onnx"))
+
+
+CLASSES = [{"name": f"c{n}", "id": n, "color": [n, n, n]} for n in range(256)]
+BAD_CLASSES = {
+    "bad json": ("[{", ["not a readable JSON"]), "no list": ("{}", ["no list"]), "one class": (CLASSES[:1], ["holds 1"]),
+    "256 classes": (CLASSES, ["holds 256"]), "duplicate ids": ([CLASSES[0], {**CLASSES[1], "id": 0}], ["id 0 occurs twice"]),
+    "duplicate names": ([CLASSES[0], {**CLASSES[1], "name": "c0"}], ["'c0' occurs twice"]),
+    "missing keys": ([CLASSES[0], {"name": "a", "id": 3}], ["entry 1", "color"]),
+    "id out of range": ([CLASSES[0], {**CLASSES[1], "id": 70000}], ["70000"]), "bad colour": ([CLASSES[0], {**CLASSES[1], "color": "red"}], ["red"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CLASSES)
+def test_bad_class_table_is_one_line(case, scenes, tmp_path, fails):
+    content, words = BAD_CLASSES[case]
+    (tmp_path / "c.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    fails(train_teacher.main, ["--data", str(scenes), "--classes", str(tmp_path / "c.json"), *B0, "--out", str(tmp_path / "o")], "--classes", "c.json", *words)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickle_with_code_is_refused_without_running_it(tmp_path, scenes, fails):
+    with open(tmp_path / "evil.pth", "wb") as file:
+        pickle.dump({"model_state_dict": Payload(tmp_path / "ran")}, file)
+    torch.save({"model_state_dict": Payload(tmp_path / "ran")}, tmp_path / "evil2.pth")
+    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    for name in ("evil.pth", "evil2.pth"):
+        fails(infer.main, [picture, "--checkpoint", str(tmp_path / name)], name, "not run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_checkpoints_are_one_line(trained, tmp_path, scenes, fails):
+    good = trained[0] / "best_student.pth"
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:100_000])
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"a": 1}, tmp_path / "dict.pth")
+    content = torch.load(good, weights_only=True)
+    torch.save({**content, "arch": "deeplab"}, tmp_path / "arch.pth")
+    torch.save({**content, "classes": data.DESERT[:5]}, tmp_path / "classes.pth")
+    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    for name, word in (("cut.pth", "damaged"), ("text.pth", "no checkpoint"), ("dict.pth", "no state dict"),
+                       ("arch.pth", "holds segformer-b1, not deeplab"), ("classes.pth", "10 classes, the class table 5")):
+        fails(infer.main, [picture, "--checkpoint", str(tmp_path / name)], name, word)
+        fails(evaluate.main, [str(tmp_path / name), "--data", str(scenes)], name, word)
+
+
+def test_picture_above_pillows_limit_is_one_line(copy_of, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)    # Pillow warns above it and refuses twice as much
+    fails(train_teacher.main, ["--data", str(copy_of), *B0, "--out", str(tmp_path / "o")], "scene", "pixels", "Pillow's limit")
+
+
+def test_dead_worker_is_one_line(scenes, tmp_path, fails):
+    code = "import os, sys, data, train_teacher\nonce = data.Pairs.crop\n" \
+           "def crop(self, *a):\n    os._exit(1)\ndata.Pairs.crop = crop; train_teacher.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "--data", str(scenes), *B0, "--workers", "1", "--out", str(tmp_path)], capture_output=True,
+                          text=True, cwd=HERE, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("error: a data worker died") == 1
+
+
+def test_unusable_out_is_one_line(scenes, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    fails(train_teacher.main, ["--data", str(scenes), *B0, "--out", str(tmp_path / "file" / "sub")], "--out", "choose another folder")
+
+
+def test_names_with_spaces_and_letters_of_any_kind_work(copy_of, tmp_path):
+    for part in ("Color_Images", "Segmentation"):
+        for path in (copy_of / "train" / part).iterdir():
+            path.rename(path.with_name(f"grüne Wüste {path.name}"))
+    _, history = train_teacher.main(["--data", str(copy_of), *B0, "--out", str(tmp_path / "aus gabe ü"), "--steps", "1"])
+    assert history and (tmp_path / "aus gabe ü" / "segformer-b0.pth").exists()
+
+
+# ---------------------------------------------------------------------------------------------- finding data, the project itself
+def test_data_is_found_here_or_under_kaggle_or_not_at_all(tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    line = fails(train_teacher.main, B0, data.ROOT_NAME, "--data", "--demo")
+    assert "/kaggle/input" in line
+    (tmp_path / "k" / data.ROOT_NAME / data.ROOT_NAME / "train").mkdir(parents=True)
+    once = data.Path
+    monkeypatch.setattr(data, "Path", lambda *p: once(*("k" if q == "/kaggle/input" else q for q in p)))
+    assert data.find_data() == Path("k") / data.ROOT_NAME / data.ROOT_NAME
+    (tmp_path / data.ROOT_NAME / "train").mkdir(parents=True)
+    assert data.find_data() == Path(data.ROOT_NAME)
+
+
+def test_nothing_happens_at_import_and_a_notebooks_argv_is_not_read(tmp_path):
+    code = "import sys; sys.argv = ['kernel', '-f', 'x.json']\nimport data, models, losses, evaluate, train_teacher, distill, infer\n" \
+           "try:\n    distill.main()\nexcept SystemExit as stop:\n    print('status', stop.code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.stdout == "status 2\n" and "no data set" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [data, train_teacher, distill, evaluate, infer])
+def test_help_fits_and_every_flag_is_read(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "example: python" in text and len(text.splitlines()) <= 100
+    source = "".join((HERE / f"{name}.py").read_text() for name in ("data", "train_teacher", "distill", "evaluate", "infer"))
+    for flag in set(re.findall(r"--([a-zA-Z][\w-]*)", text)) - {"help"}:
+        name = flag.replace("-", "_")
+        assert re.search(rf"args\.{name}\b", source) or flag in ("data", "demo", "overwrite"), flag
+
+
+def test_imports_go_one_way():
+    order = ["data", "models", "losses", "evaluate", "train_teacher", "distill"]
+    for n, name in enumerate(order):
+        found = set(re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
+        assert not found & {*order[n + 1:], "infer"}, name
+    assert all("weights_only=False" not in (HERE / f"{name}.py").read_text() for name in [*order, "infer"])
+
+
+# ---------------------------------------------------------------------------------------------- real pairs
+@real
+def test_real_pairs_are_what_the_readme_says():
+    for split, count in (("train", 203), ("val", 33)):
+        found = data.Pairs(REAL, split, data.DESERT)
+        assert len(found) == count and found.form == "ids" and not found.unknown and (found.counts.sum(0) > 0).all()
+        assert set(found.sizes) == {(960, 540)} and int(found.counts.sum()) == count * 960 * 540
+
+
+@real
+@pytest.mark.slow
+def test_real_pairs_train_and_score(tmp_path):
+    _, history = train_teacher.main(["--data", REAL, *B0, "--batch-size", "8", "--out", str(tmp_path), "--steps", "40"])
+    assert history[-1]["val_iou"]["Sky"] > 0.6 and history[-1]["loss"] < history[0]["loss"]
