@@ -52,7 +52,7 @@ def parse_alpha(value):
 
 def make_parser():
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
-    group = evaluate.add_model_flags(parser)
+    group = evaluate.add_model_flags(parser, "segformer-b1")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH", help="the student's first weights; teacher: "
                        "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
     group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
@@ -71,7 +71,6 @@ def make_parser():
     whole = parser.add_argument_group("instead of a run")
     whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature, compare them")
     whole.add_argument("--bench", action="store_true", help="time every piece of a step at --size, --batch-size, --amp, --compile")
-    parser.set_defaults(arch="segformer-b1")
     return parser
 
 

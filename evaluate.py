@@ -226,10 +226,11 @@ def print_table(rows, classes, sizes):
         print(f"{entry['name']:{max(wide, 24)}}  " + "  ".join(f"{cell:>22}" for cell in cells))
 
 
-def add_model_flags(parser):
-    """Flags of everything that runs a trained network."""
+def add_model_flags(parser, arch=None):
+    """Flags of everything that runs a network; `arch`: the default of what is trained, None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    group.add_argument("--arch", choices=ARCHS, help="architecture, for bare state dicts only")
+    group.add_argument("--arch", choices=ARCHS, default=arch, metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
+                       f"({arch or 'what the checkpoint says; needed for bare state dicts'})")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto: what the device does natively)")
     return group

@@ -243,11 +243,11 @@ def test_picture_and_mask_move_together(tmp_path):
     labels = np.kron(rng.integers(0, 10, (9, 16)), np.ones((24, 24), int)).astype(np.uint8)
     for part in ("Color_Images", "Segmentation"):
         (tmp_path / "train" / part).mkdir(parents=True)
-    Image.fromarray((labels * 25)).convert("RGB").save(tmp_path / "train" / "Color_Images" / "a.png")
+    Image.fromarray(labels * 25).convert("RGB").save(tmp_path / "train" / "Color_Images" / "a.png")
     Image.fromarray(labels).save(tmp_path / "train" / "Segmentation" / "a.png")
     split = data.Pairs(tmp_path, "train", data.DESERT)
     assert split.form == "indices"
-    for n in range(10):
+    for _ in range(10):
         image, mask = split.crop(0, 96, data.draw_affine(rng, *split.sizes[0], 96))
         keep = mask != 255
         agree = (image[0].float()[keep] / 25 - mask[keep].float()).abs() < 0.5
@@ -1244,6 +1244,48 @@ def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fa
     segments = transformers.pipeline("image-segmentation", model=str(tmp_path / "hf"), device="cpu")(image)
     assert {s["label"] for s in segments} <= {c["name"] for c in data.DESERT} and segments
     fails(infer.main, ["--export", str(tmp_path / "d"), "--checkpoint", trained[1][0]], "only SegFormer", ".onnx")
+
+
+@pytest.mark.slow
+def test_faster_than_transformers_pipeline_and_stock_b3(trained, tmp_path, capsys):
+    """From a 960x540 file to an index mask, in turn, at the same network input of 512x896; same labels."""
+    checkpoint = trained[0] / "best_student.pth"
+    infer.main(["--export", str(tmp_path / "hf"), "--checkpoint", str(checkpoint)])
+    pipe = transformers.pipeline("image-segmentation", model=str(tmp_path / "hf"), device="cpu")
+    data.draw_scene(1)[0].save(tmp_path / "a.png")
+    ids = {c["name"]: n for n, c in enumerate(data.DESERT)}
+
+    def theirs():
+        labels = np.full((540, 960), 255, np.uint8)
+        for segment in pipe(str(tmp_path / "a.png")):
+            labels[np.asarray(segment["mask"]) > 0] = ids[segment["label"]]
+        return labels
+
+    def ours(model, dtype=None):
+        image = data.read_image(tmp_path / "a.png")
+        return models.predict(model, data.whole_image(image, 512), (540, 960), dtype)[0].numpy()
+    device = torch.device("cpu")
+    dtype = models.amp_dtype("auto", device)
+    frozen, same = models.freeze(models.load_model(checkpoint)[0], "segformer-b1", dtype), models.load_model(checkpoint)[0]
+    stock = transformers.SegformerForSemanticSegmentation(models.build("segformer-b3", data.DESERT).config).eval()
+    teachers = {a: models.freeze(models.build(a, data.DESERT), a, dtype) for a in ("segformer-b3", "deeplab")}
+    x = data.normalize(data.whole_image(data.read_image(tmp_path / "a.png"), 512))
+
+    def forward(model):
+        with torch.no_grad(), models.autocast(device, dtype):
+            return model(x)
+
+    def as_it_comes():
+        with torch.no_grad():
+            return stock(x).logits
+    calls = {"pipeline": theirs, "file to labels": lambda: ours(frozen, dtype), "stock B3": as_it_comes, "student": lambda: forward(frozen),
+             "B3 teacher": lambda: forward(teachers["segformer-b3"]), "DeepLab teacher": lambda: forward(teachers["deeplab"])}
+    ms = {name: t[0] for name, t in zip(calls, evaluate.time_interleaved(list(calls.values()), device, 4.0, 5), strict=True)}
+    agreement = (theirs() == ours(same)).mean()
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items()) + f", labels equal on {100 * agreement:.2f} %")
+    assert agreement >= 0.99
+    assert ms["pipeline"] / ms["file to labels"] >= 1.7 and ms["stock B3"] / ms["student"] >= 3
 
 
 @pytest.mark.slow

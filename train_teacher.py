@@ -33,7 +33,7 @@ from data import (Crops, Fault, Order, Pairs, Parser, add_data_flags, class_weig
                   rare_odds, side, to_device, write_atomic)
 from evaluate import NAMES, add_model_flags, draw_curves, evaluate, frozen_copy, pick_device, save_picture, summary
 from losses import hard_loss, valid_of, weight_of
-from models import ARCHS, amp_dtype, autocast, build, full_name, memory_format, read_file, save_model
+from models import amp_dtype, autocast, build, full_name, memory_format, read_file, save_model
 
 COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
 SLOW = 10                                        # steps between two looks at what lies on the device
@@ -523,11 +523,10 @@ def file_digest(path):
 @command
 def main(argv=()):
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python train_teacher.py --arch deeplab --data DIR --batch-size 4 --accumulate 2")
-    group = add_model_flags(parser)
+    group = add_model_flags(parser, "deeplab")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH", help="first weights; PATH: a ResNet50 state "
                        "dict, a folder of mit-bN, or a checkpoint (imagenet)")
     add_train_flags(parser)
-    parser.set_defaults(arch="deeplab")
     args = parser.parse_args(argv)
     args.arch = full_name(args.arch)
     classes = load_classes(args.classes)
