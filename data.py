@@ -185,7 +185,7 @@ def open_picture(path):
         return Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Fault(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, above Pillow's limit; cut or shrink it") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- Pillow's plugins raise errors of any kind for a damaged file
         raise Fault(f"{path}: cannot be read as a picture ({' '.join(str(error).split())[:80]}); replace or remove it") from None
 
 
@@ -205,7 +205,7 @@ def read_image(path, shrink=1):
             if image.mode.startswith("I"):                    # I;16, I;16B, and I, which 16-bit PNGs had before Pillow 10.4
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return image.convert("RGB")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             raise Fault(f"{path}: damaged picture ({' '.join(str(error).split())[:80]}); replace or remove it") from None
 
 
@@ -216,7 +216,7 @@ def read_mask(path):
             raise Fault(f"{path}: mode {image.mode}; a mask holds one number a pixel, export it as 8- or 16-bit greyscale")
         try:
             values = np.asarray(image)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             raise Fault(f"{path}: damaged mask ({' '.join(str(error).split())[:80]}); replace or remove it") from None
     if values.dtype not in (np.uint8, np.uint16) and (values.min() < 0 or values.max() > 65535):
         raise Fault(f"{path}: values {values.min()}..{values.max()}; labels lie in 0..65535")
@@ -452,7 +452,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor                       # (B, S, S) uint8 class indices, 255 = ignore; int64 on the device
     matrix: torch.Tensor                     # (B, 2, 3) float32: crop -> picture coordinates
     jitter: torch.Tensor                     # (B, 4) float32
-    index: torch.Tensor                      # (B,) which pair of the split
+    pair: torch.Tensor                       # (B,) which pair of the split
     weight_sum: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     share: float = 1.0
@@ -462,7 +462,7 @@ def to_device(batch, device):
     """Moves a batch and does the photometric augmentation and the normalisation there."""
     move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
     image, jitter = move(batch.image).float() / 255, move(batch.jitter)
-    return Batch(normalize(color_jitter(image, jitter)), move(batch.mask).long(), move(batch.matrix), jitter, batch.index)
+    return Batch(normalize(color_jitter(image, jitter)), move(batch.mask).long(), move(batch.matrix), jitter, batch.pair)
 
 
 class Crops(Dataset):

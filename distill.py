@@ -29,10 +29,32 @@ from transformers import SegformerForSemanticSegmentation
 
 import evaluate
 import train_teacher
-from data import (Batch, Crops, Fault, Pairs, Wholes, class_weights, collate, command, draw_affine, load_classes, loader, overlay,
-                  Parser, number, progress, read_image, read_mask, to_device, whole_image, whole_size, write_atomic, write_scenes)
+from data import (
+    Batch,
+    Crops,
+    Fault,
+    Pairs,
+    Parser,
+    Wholes,
+    class_weights,
+    collate,
+    command,
+    draw_affine,
+    load_classes,
+    loader,
+    number,
+    overlay,
+    progress,
+    read_image,
+    read_mask,
+    to_device,
+    whole_image,
+    whole_size,
+    write_atomic,
+    write_scenes,
+)
 from losses import attention_loss, channel_loss, feature_loss, hard_loss, ramp, soft_loss
-from models import (Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, old_key, predict, scores)
+from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, old_key, predict, scores
 from train_teacher import file_digest, fit, open_data, processes
 
 TEACHERS = ("deep_lab.pth", "best_model.pth")
@@ -228,7 +250,7 @@ class Cache:
     def crops(self, batch, size):
         """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the picture
         repeat its border; the mask ignores them."""
-        device, index = batch.image.device, batch.index.tolist()
+        device, index = batch.image.device, batch.pair.tolist()
         at = (torch.arange(size // 4, device=device) + 0.5) * 4
         y, x = torch.meshgrid(at, at, indexing="ij")
         centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
@@ -304,14 +326,14 @@ def demo(args, argv):
     if not (out / "data" / "val").is_dir():
         write_scenes(out / "data", train=32, val=8, width=480, height=270)
     common = ["--data", str(out / "data"), "--out", str(out), "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3",
-              "--batch-size", "4", "--eval-every", "4", "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
+              "--batch-size", "4", "--eval-every", "4", "--class-weights", "sqrt", "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
     common += ["--overwrite"] * args.overwrite
     train_teacher.main(["--arch", "deeplab", *common])
     train_teacher.main(["--arch", "segformer", *common])
     student, history = main(["--T", str(args.T), "--alpha", args.alpha, *common])
     checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
     evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
-    picture = sorted((out / "data" / "val" / "Color_Images").iterdir())[0]
+    picture = min((out / "data" / "val" / "Color_Images").iterdir())
     image, (model, meta) = read_image(picture), load_model(checkpoints[-1])
     labels = predict(model, whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
     evaluate.save_picture(out / "overlay.png", overlay(image, labels, meta["classes"]))

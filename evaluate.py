@@ -22,8 +22,26 @@ from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (IGNORE, Fault, Pairs, Parser, Wholes, add_data_flags, command, find_data, font, load_classes, loader, number,
-                  overlay, progress, read_image, side, whole_size, write_atomic)
+from data import (
+    IGNORE,
+    Fault,
+    Pairs,
+    Parser,
+    Wholes,
+    add_data_flags,
+    command,
+    find_data,
+    font,
+    load_classes,
+    loader,
+    number,
+    overlay,
+    progress,
+    read_image,
+    side,
+    whole_size,
+    write_atomic,
+)
 from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict, scores, upsampled_labels
 
 NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them

@@ -26,8 +26,24 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (MEAN, PICTURES, STD, Fault, Pairs, Parser, add_data_flags, command, find_data, index_picture, load_classes,
-                  overlay, read_image, side, whole_image, write_atomic)
+from data import (
+    MEAN,
+    PICTURES,
+    STD,
+    Fault,
+    Pairs,
+    Parser,
+    add_data_flags,
+    command,
+    find_data,
+    index_picture,
+    load_classes,
+    overlay,
+    read_image,
+    side,
+    whole_image,
+    write_atomic,
+)
 from evaluate import add_model_flags, confusion, pick_device, summary, time_interleaved
 from models import amp_dtype, freeze, load_model, predict, translate
 

@@ -8,6 +8,7 @@ SegFormer-B3 47.2 M and 38.6 (77.2), DeepLabV3+ with ResNet50 40.3 M and 59.5 (`
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
+import itertools
 import pickle
 import re
 import warnings
@@ -169,7 +170,7 @@ def load_backbone(model, state, where):
 
 def load_file(model, arch, classes, path):
     """--init PATH: a ResNet50 state dict for deeplab, or a checkpoint of the same architecture."""
-    state, meta = read_checkpoint(path, "--init")
+    state, _ = read_checkpoint(path, "--init")
     if arch == "deeplab" and "layer1.0.conv1.weight" in state:
         return load_backbone(model, state, f"--init {path}")
     if guess_arch(state) != arch:
@@ -247,7 +248,7 @@ def read_file(path, flag=""):
         raise Fault(f"{where}: no such file; train it first or name another") from None
     except pickle.UnpicklingError:
         raise Fault(f"{where}: holds something other than plain weights, or is no checkpoint; it was not run. Save a state dict") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 -- a torn file fails anywhere in torch.load
         raise Fault(f"{where}: damaged or no checkpoint ({' '.join(str(error).split())[:80]}); train it again or name another") from None
 
 
@@ -339,7 +340,7 @@ def fold_batchnorm(model):
     """Folds every BatchNorm that follows a convolution in definition order, as in ResNet and nn.Sequential."""
     for parent in model.modules():
         children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, conv_name, nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())

@@ -154,7 +154,7 @@ def test_masks_that_fit_both_forms_need_the_flag():
 
 
 def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of, capsys):
-    path = sorted((copy_of / "train" / "Segmentation").iterdir())[0]
+    path = min((copy_of / "train" / "Segmentation").iterdir())
     mask = np.asarray(Image.open(path)).copy()
     mask[:10, :10] = 4242
     Image.fromarray(mask).save(path)
@@ -218,7 +218,7 @@ def test_identity_affine_reproduces_picture_and_mask(pairs):
 
 
 def test_affine_outside_is_ignored_and_flip_mirrors(pairs):
-    width, height = pairs.sizes[0]
+    width, _ = pairs.sizes[0]
     mirror = np.array([[-1.0, 0, width], [0, 1, 0]])
     _, mask = pairs.crop(0, 96, mirror)
     assert np.array_equal(mask.numpy(), pairs.get_raw_mask(0)[:96, ::-1][:, :96])
@@ -1177,7 +1177,7 @@ def street(root):
 
 def test_another_class_table_from_end_to_end(tmp_path, trained, fails, capsys):
     flags = street(tmp_path)
-    student, history = train_teacher.main([*flags, *B0, "--out", str(tmp_path / "o"), "--steps", "2", "--batch-size", "2"])
+    student, _ = train_teacher.main([*flags, *B0, "--out", str(tmp_path / "o"), "--steps", "2", "--batch-size", "2"])
     assert student.decode_head.classifier.out_channels == 11 and "class indices" not in capsys.readouterr().err
     rows = evaluate.main([str(tmp_path / "o" / "segformer-b0.pth"), *flags, "--out", str(tmp_path / "o"), "--workers", "0"])
     assert list(rows[0]["iou"]) == [f"class {n}" for n in range(11)]
@@ -1318,7 +1318,7 @@ def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- bad input
 def damage(folder, part, change):
     """change(path) on the first file of a part of the training split; returns its path."""
-    path = sorted((folder / "train" / part).iterdir())[0]
+    path = min((folder / "train" / part).iterdir())
     change(path)
     return path
 
@@ -1556,7 +1556,7 @@ def test_help_fits_and_every_flag_is_read(script, capsys):
 def test_imports_go_one_way():
     order = ["data", "models", "losses", "evaluate", "train_teacher", "distill"]
     for n, name in enumerate(order):
-        found = set(re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.M))
+        found = set(re.findall(r"^(?:from|import) (\w+)", (HERE / f"{name}.py").read_text(), re.MULTILINE))
         assert not found & {*order[n + 1:], "infer"}, name
     assert all("weights_only=False" not in (HERE / f"{name}.py").read_text() for name in [*order, "infer"])
 

@@ -29,8 +29,24 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Crops, Fault, Order, Pairs, Parser, add_data_flags, class_weights, command, find_data, load_classes, loader, number,
-                  rare_odds, side, to_device, write_atomic)
+from data import (
+    Crops,
+    Fault,
+    Order,
+    Pairs,
+    Parser,
+    add_data_flags,
+    class_weights,
+    command,
+    find_data,
+    load_classes,
+    loader,
+    number,
+    rare_odds,
+    side,
+    to_device,
+    write_atomic,
+)
 from evaluate import NAMES, add_model_flags, draw_curves, evaluate, frozen_copy, pick_device, save_picture, summary
 from losses import hard_loss, valid_of, weight_of
 from models import amp_dtype, autocast, build, full_name, memory_format, read_file, save_model
@@ -86,7 +102,7 @@ class World(NamedTuple):
 @contextlib.contextmanager
 def processes(device):
     """Joins the processes that torchrun started, nccl on GPUs and gloo elsewhere; yields this one's World."""
-    device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, device)
         return
@@ -394,7 +410,7 @@ def out_of_memory(args):
 
 def numbers_went_wrong(name, step, parts, micro, train, path):
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
-    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.index.tolist())
+    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
     return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; pictures {files}); lower --lr or "
                  f"use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
 
@@ -460,7 +476,7 @@ def timings(steps, args, world, since, waited):
     if world.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(world.device) / 2**20
     else:
-        import resource                                       # not on Windows
+        import resource  # not on Windows
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {"images_per_s": steps * args.batch_size * args.accumulate * world.size / max(seconds, 1e-9),
             "wait_s": waited, "seconds": seconds, "peak_memory_mib": memory}
