@@ -308,8 +308,6 @@ def main(argv=()):
         torch.manual_seed(args.seed)
         student = build(args.arch, classes, "random" if args.init == "teacher" else args.init)
         teach, adapters, identity = teaching(args, world, classes, train, student)
-        if args.compile:
-            world.say("--compile: the first steps take minutes, while student and teachers are compiled")
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         return fit(student, args.arch, name, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight,
                    adapters, identity)

@@ -294,6 +294,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         world.say(f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
                   f"{args.batch_size * args.accumulate * world.size}, {header['run']['device']}, {header['run']['precision']}")
         write_log(world, out / f"{name}.jsonl", header, history)
+    if args.compile:
+        world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
 
     def save_state(done=False):
         """Sums are added up over the processes; only the first one writes."""
