@@ -843,6 +843,24 @@ def test_signal_saves_and_the_resumed_run_has_the_same_bits(which, status, amp, 
     assert states_equal(best[0]["model_state_dict"], best[1]["model_state_dict"]) and best[0]["epoch"] == best[1]["epoch"]
 
 
+def test_signal_during_validation_stops_before_the_epoch_is_recorded(scenes, tmp_path, monkeypatch):
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--epochs", "2"]
+    once, calls = evaluate.confusion, []
+
+    def confusion(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return once(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "confusion", confusion)
+        with pytest.raises(SystemExit) as stop:
+            train_teacher.main(argv)
+    assert stop.value.code == 143 and len(calls) == 2 and len(read_log(tmp_path / "segformer-b0.jsonl")) == 1
+    _, history = train_teacher.main(argv)
+    assert [r["step"] for r in history] == [3, 6] and history[0]["val_miou"] is not None
+
+
 def test_handlers_are_put_back_and_not_touched_in_threads(scenes, tmp_path):
     import threading
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -982,6 +1000,23 @@ def test_torchrun_trains_and_validates_like_one_process(scenes, tmp_path, traine
     assert rows[0]["iou"] == log[-1]["val_iou"] and rows[0]["pixel_accuracy"] == log[-1]["val_pixel_accuracy"]
     refused = torchrun("distill.py", [*argv, "--out", str(tmp_path), "--seed", "5"], check=False)
     assert refused.returncode != 0 and "--seed (was 0, now 5)" in refused.stderr
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_step_at_which_a_signal_to_one_stops_them(scenes, tmp_path):
+    """SIGTERM to one of two processes only, then the same command again."""
+    code = "import os, signal, sys, train_teacher\nonce = train_teacher.train_step\n" \
+           "def step(job, batches, now, *rest):\n" \
+           "    if now == 3 and os.environ['RANK'] == '1' and len(sys.argv) > 1 and sys.argv[1] == 'stop': os.kill(os.getpid(), signal.SIGTERM)\n" \
+           "    return once(job, batches, now, *rest)\n" \
+           "train_teacher.train_step = step\ntrain_teacher.main(sys.argv[2:])"
+    (tmp_path / "child.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
+    argv = ["--data", str(scenes), *B0, "--batch-size", "2", "--epochs", "2", "--out", str(tmp_path / "o")]
+    stopped = torchrun(tmp_path / "child.py", ["stop", *argv], check=False)
+    assert stopped.returncode != 0 and "stopped after step 4 of 6" in stopped.stderr
+    resumed = torchrun(tmp_path / "child.py", ["go", *argv])
+    assert resumed.stdout.count("goes on after step 4 of 6") == 1
+    assert [r["step"] for r in read_log(tmp_path / "o" / "segformer-b0.jsonl")[1:]] == [3, 6]
 
 
 # ---------------------------------------------------------------------------------------------- the teacher cache
@@ -1575,3 +1610,23 @@ def test_real_pairs_are_what_the_readme_says():
 def test_real_pairs_train_and_score(tmp_path):
     _, history = train_teacher.main(["--data", REAL, *B0, "--batch-size", "8", "--out", str(tmp_path), "--steps", "40"])
     assert history[-1]["val_iou"]["Sky"] > 0.6 and history[-1]["loss"] < history[0]["loss"]
+
+
+@real
+@pytest.mark.slow
+def test_real_pictures_through_every_script(tmp_path, capsys):
+    """DeepLab, SegFormer-B0 and a cached B1 for a few steps, their table with the ensemble, labels and an export."""
+    out, common = tmp_path / "out", ["--data", REAL, *TINY, "--steps", "10"]
+    train_teacher.main(["--arch", "deeplab", *common, "--out", str(out)])
+    train_teacher.main(["--arch", "segformer-b0", *common, "--out", str(out)])
+    teachers = [str(out / "deep_lab.pth"), str(out / "segformer-b0.pth")]
+    _, history = distill.main([*common, "--out", str(out), "--teachers", *teachers, "--cache-teachers"])
+    assert history[-1]["soft"] > 0 and history[-1]["soft_clamped"] == 0
+    student = str(out / "best_student.pth")
+    rows = evaluate.main([*teachers, student, "--data", REAL, "--ensemble", "--out", str(out)])
+    assert [row["name"] for row in rows] == ["deep_lab", "segformer-b0", "best_student", "ensemble"] and rows[0]["iou"]["Sky"] > 0.3
+    picture = data.find_pairs(REAL, "val")[0][0]
+    infer.main([str(picture), "--checkpoint", student, "--out", str(out / "p")])
+    assert Image.open(out / "p" / f"{picture.stem}_mask.png").size == (960, 540)
+    infer.main(["--export", str(out / "hf"), "--checkpoint", student])
+    assert transformers.AutoModelForSemanticSegmentation.from_pretrained(out / "hf").config.id2label[9] == "Sky"

@@ -170,6 +170,8 @@ class Job(NamedTuple):
 def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, extras=None, compiled=False):
     """Puts a network and its adapters on the device, with their optimizer, as fit() and the bench use them."""
     model.to(world.device, memory_format=memory_format(arch)).train()
+    if extras is not None:
+        extras.to(world.device).train()
     forward = model
     if world.size > 1:
         gpu = world.device.type == "cuda"
@@ -269,8 +271,9 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     model, optimizer, scaler = job.model, job.optimizer, job.scaler
 
     path = out / "checkpoints" / f"{name}.pth"
-    who = {**vars(args), "device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **dict(identity)}
-    who = {key: value for key, value in who.items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
+    who = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
+    who |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest),
+            "transformers": transformers.__version__.split(".")[0], **dict(identity)}           # its major version orders the parameters
     state = find_state(path, out / f"{name}.pth", who, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
@@ -332,22 +335,22 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     waited, epoch_start, first = 0.0, time.perf_counter(), step
     with Signals() as signals, bar, out_of_memory(args):
         while True:
-            if step and (step % per_epoch == 0 or step == total) and (not history or history[-1]["step"] != step):
-                epoch = math.ceil(step / per_epoch)
-                scores = None
-                if (epoch % args.eval_every == 0 or step == total) and not signals.number:
-                    scores = validate()
-                if scores or not (epoch % args.eval_every == 0 or step == total):
-                    record = {"epoch": epoch, "step": step, **means(sums, world), "lr": learning_rate(step - 1, total, args.lr),
-                              **timings(step - first, args, world, epoch_start, waited), **validation(scores)}
-                    history.append(record)
-                    if scores and scores["miou"] > best:
-                        best = scores["miou"]
-                        if world.rank == 0:
-                            save_model(out / f"{name}.pth", model, arch, train.classes, **about())
-                    report(world, out, name, header, history, train.classes, bar)
-                    sums, waited, epoch_start, first = {}, 0.0, time.perf_counter(), step
             stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
+            ended = step and (step % per_epoch == 0 or step == total) and (not history or history[-1]["step"] != step)
+            if ended and not stop:
+                epoch = math.ceil(step / per_epoch)
+                due = epoch % args.eval_every == 0 or step == total
+                scores = validate() if due else None
+                if due and scores is None:
+                    continue                                  # a signal came in between
+                history.append({"epoch": epoch, "step": step, **means(sums, world), "lr": learning_rate(step - 1, total, args.lr),
+                                **timings(step - first, args, world, epoch_start, waited), **validation(scores)})
+                if scores and scores["miou"] > best:
+                    best = scores["miou"]
+                    if world.rank == 0:
+                        save_model(out / f"{name}.pth", model, arch, train.classes, **about())
+                report(world, out, name, header, history, train.classes, bar)
+                sums, waited, epoch_start, first = {}, 0.0, time.perf_counter(), step
             if stop:
                 save_state()
                 raise Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
@@ -432,7 +435,7 @@ def find_state(path, best, who, overwrite):
         raise Fault(f"{path}: is no state of a run; move it away or choose another --out")
     other = sorted(key for key in {*old, *who} if plain(old.get(key)) != plain(who.get(key)))
     if other:
-        names = ", ".join(f"{key if key in ('processes', 'data') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
+        names = ", ".join(f"{key if key in ('processes', 'data', 'transformers') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
                           f"now {str(who.get(key))[:40]})" for key in other)
         raise Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
