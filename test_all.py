@@ -1100,6 +1100,17 @@ def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained,
     assert history[0]["soft"] == pytest.approx(online[0]["soft"], rel=0.5) and history[0]["hard"] == pytest.approx(online[0]["hard"], rel=0.1)
 
 
+def test_bench_prints_every_piece_and_ratio(capsys, monkeypatch):
+    once = evaluate.time_interleaved
+    monkeypatch.setattr(evaluate, "time_interleaved", lambda calls, device, seconds: once(calls, device))
+    result = distill.main(["--bench", "--size", "64", "--batch-size", "2", "--device", "cpu"])
+    said = capsys.readouterr().out
+    pieces = ["original step", "bare deeplab", "bare segformer-b3", "bare student", "step online", "step cached", "student alone", "decode a pair",
+              "loader, a pair", "original / online", "original / cached", "online / bare pieces", "cached / student alone"]
+    assert all(piece in said and result[piece] > 0 for piece in pieces) and "peak memory" in said
+    assert result["original / online"] == pytest.approx(result["original step"] / result["step online"])
+
+
 @pytest.mark.slow
 def test_host_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     """Anonymous memory of one process over 5,000 small pairs, after the first 1,000 and at the end."""

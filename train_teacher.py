@@ -478,13 +478,16 @@ def means(sums, world):
 def timings(steps, args, world, since, waited):
     """Of this process since the epoch began or the run went on; the only figures that a resumed run may differ in."""
     seconds = time.perf_counter() - since
-    if world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(world.device) / 2**20
-    else:
-        import resource  # not on Windows
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {"images_per_s": steps * args.batch_size * args.accumulate * world.size / max(seconds, 1e-9),
-            "wait_s": waited, "seconds": seconds, "peak_memory_mib": memory}
+            "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(world.device)}
+
+
+def peak_memory(device):
+    """MiB: what torch took on a GPU at most, elsewhere what the whole process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def validation(scores):
