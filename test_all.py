@@ -1326,12 +1326,13 @@ def test_faster_than_transformers_pipeline_and_stock_b3(trained, tmp_path, capsy
             return stock(x).logits
     calls = {"pipeline": theirs, "file to labels": lambda: ours(frozen, dtype), "stock B3": as_it_comes, "student": lambda: forward(frozen),
              "B3 teacher": lambda: forward(teachers["segformer-b3"]), "DeepLab teacher": lambda: forward(teachers["deeplab"])}
-    ms = {name: t[0] for name, t in zip(calls, evaluate.time_interleaved(list(calls.values()), device, 4.0, 5), strict=True)}
+    times = dict(zip(calls, evaluate.time_interleaved(list(calls.values()), device, 4.0, 5), strict=True))
+    ms, lowest = {name: t[0] for name, t in times.items()}, {name: t[1] for name, t in times.items()}
     agreement = (theirs() == ours(same)).mean()
     with capsys.disabled():
         print("\n" + ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items()) + f", labels equal on {100 * agreement:.2f} %")
     assert agreement >= 0.99
-    assert ms["pipeline"] / ms["file to labels"] >= 1.7 and ms["stock B3"] / ms["student"] >= 3
+    assert lowest["pipeline"] / lowest["file to labels"] >= 1.7 and lowest["stock B3"] / lowest["student"] >= 3     # steadier than medians
 
 
 @pytest.mark.slow
