@@ -8,10 +8,12 @@ one 960x540 pair at --size 512 costs 3 to 8 ms more than decoding its two files 
 Letters: B batch, C classes, H W sides of a stored picture, S side of a training crop. Index 255 means "ignore".
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -47,14 +49,21 @@ class Fault(Exception):
 
 
 def command(main):
-    """Decorates a main(argv): a Fault becomes one line on stderr and the exit status, not a traceback."""
+    """Decorates a main(argv): a Fault, an unusable file or Ctrl-C becomes one line and the exit status, not a traceback."""
     @functools.wraps(main)
     def run(argv=()):
         try:
             return main(list(argv))
         except Fault as fault:
-            print(f"error: {fault}" if fault.status < 128 else str(fault), file=sys.stderr)
-            raise SystemExit(fault.status) from None
+            line, status = f"error: {fault}" if fault.status < 128 else str(fault), fault.status
+        except OSError as error:
+            if error.filename is None:
+                raise
+            line, status = f"error: {str(error.filename)[:200]}: {error.strerror}; name another", 2
+        except KeyboardInterrupt:
+            line, status = "stopped; what was finished is kept", 130
+        print(line, file=sys.stderr)
+        raise SystemExit(status)
     return run
 
 
@@ -112,7 +121,7 @@ def load_classes(path=None):
         return DESERT
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Fault(f"--classes {path}: not a readable JSON file ({error})") from None
     return check_classes(table, f"--classes {path}")
 
@@ -124,8 +133,8 @@ def check_classes(table, where):
     for n, entry in enumerate(table):
         if not isinstance(entry, dict) or not {"name", "id", "color"} <= set(entry):
             raise Fault(f'{where}: entry {n} is {str(entry)[:60]}; each entry needs "name", "id" and "color"')
-        if not isinstance(entry["name"], str) or type(entry["id"]) is not int or not 0 <= entry["id"] <= 65535:
-            raise Fault(f"{where}: entry {n} has name {entry['name']!r} and id {entry['id']!r}; a name is text, an id a number in 0..65535")
+        if not isinstance(entry["name"], str) or not entry["name"].strip() or not entry["name"].isprintable() or type(entry["id"]) is not int or not 0 <= entry["id"] <= 65535:
+            raise Fault(f"{where}: entry {n} has name {entry['name']!r} and id {entry['id']!r}; a name is one line of text, an id a number in 0..65535")
         color = entry["color"]
         if not (isinstance(color, list) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)):
             raise Fault(f"{where}: entry {n} has color {color!r}; a color is three numbers in 0..255")
@@ -214,6 +223,8 @@ def read_mask(path):
     with open_picture(path) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I", "L", "P", "1"):
             raise Fault(f"{path}: mode {image.mode}; a mask holds one number a pixel, export it as 8- or 16-bit greyscale")
+        if image.tile and image.tile[0][3] in ("L;2", "L;4"):
+            raise Fault(f"{path}: greyscale of 2 or 4 bits, which Pillow scales; export it as 8- or 16-bit greyscale")
         try:
             values = np.asarray(image)
         except Exception as error:  # noqa: BLE001
@@ -240,10 +251,10 @@ def scan(pairs, kept=None):
     """scan_pair of every pair, in threads; results are kept in the file `kept` and reused while files are unchanged."""
     stamps = [":".join(f"{s.st_size},{s.st_mtime_ns}" for s in map(os.stat, pair)) for pair in pairs]
     known = {}
-    if kept is not None and Path(kept).exists():
+    if kept is not None and Path(kept).is_file():
         try:
-            known = json.loads(Path(kept).read_text(encoding="utf-8"))
-        except ValueError:
+            known = dict(json.loads(Path(kept).read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             pass                                              # a torn file: scan again
     keys = [f"{picture.resolve()}|{stamp}" for (picture, _), stamp in zip(pairs, stamps, strict=True)]
     missing = [n for n, key in enumerate(keys) if key not in known]
@@ -254,10 +265,9 @@ def scan(pairs, kept=None):
             known[keys[n]] = result
     finally:
         pool.shutdown(cancel_futures=True)
-    known = {key: known[key] for key in keys}
     if kept is not None and missing:
-        write_atomic(kept, lambda file: file.write(json.dumps(known).encode()))
-    return [(tuple(size), {int(v): n for v, n in values.items()}) for size, values in known.values()]
+        write_atomic(kept, lambda file: file.write(json.dumps({key: known[key] for key in keys}).encode()))
+    return [(tuple(size), {int(v): n for v, n in values.items()}) for size, values in (known[key] for key in keys)]
 
 
 def write_atomic(path, write):
@@ -271,9 +281,10 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise Fault(f"{path}: cannot be written ({' '.join(str(error).split())[:100]}); free space or choose another "
-                    "--out, what was there before is untouched", status=1) from None
+                    "place, what was there before is untouched", status=1) from None
 
 
 # ---------------------------------------------------------------------------------------------- what masks hold
@@ -308,7 +319,7 @@ def mask_form(values, names, classes, flag=None):
             raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; say --masks ids or --masks indices")
         return "ids"
     elif not fits["ids"] and not fits["indices"]:
-        as_index = [n for n, v in enumerate(values) if v <= indices and not v <= ids]
+        as_index = [n for n, v in enumerate(values) if v <= indices and not v <= ids | {IGNORE}]
         as_id = [n for n, v in enumerate(values) if v & (ids - indices)]
         if as_index and as_id:
             raise Fault(f"{names[as_index[0]]}: holds class indices where {Path(names[as_id[0]]).name} holds raw ids; a split must not mix them")
@@ -541,9 +552,9 @@ def only(samples):
 
 
 def quiet_worker(_):
-    """Ctrl-C reaches the whole process group; only the main process decides what it means."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the main process decides what they mean."""
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_IGN)
 
 
 def loader(dataset, workers, pin, batches=None):

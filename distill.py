@@ -79,7 +79,7 @@ def make_parser():
                        "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
     group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
     kd = parser.add_argument_group("distillation")
-    positive, share = number(float, 0, open_low=True), number(float, 0)
+    positive, share = number(float, 0, 1000, open_low=True), number(float, 0, 1e6)
     kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
     kd.add_argument("--alpha", default="0.3:0.7", metavar="START:END", help="share of the soft losses over the run (0.3:0.7)")
     kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
@@ -204,7 +204,8 @@ class Cache:
         key, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
         if world.rank == 0:
             try:
-                stale = json.loads(key.read_text()) != self.key or values.stat().st_size != 2 * self.starts[-1]
+                stale = json.loads(key.read_text()) != self.key or \
+                    (values.stat().st_size, done.stat().st_size) != (2 * self.starts[-1], len(self.pairs))
             except (OSError, ValueError):
                 stale = True
             if stale:
@@ -284,7 +285,7 @@ def teaching(args, world, classes, train, student):
         answer = torch.compile(teachers) if args.compile else teachers
         return lambda batch: answer(batch.image, features=bool(args.feature or args.attention)), adapters, identity
     key = {"teachers": identity[0][1], "weights": weights.tolist(), "average": args.average, "data": train.digest, "size": args.size,
-           "pictures": [f"{p.name} {p.stat().st_size}" for p, _ in train.pairs], "precision": str(dtype), "format": 1}
+           "pictures": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs], "precision": str(dtype), "format": 1}
     cache = Cache(args.out, key, train, args.size)
     cache.build(Ensemble(frozen, weights, args.average).to(world.device), world, dtype, args.workers)
     return lambda batch: (cache.crops(batch, args.size), []), None, identity
@@ -321,8 +322,9 @@ def demo(args, argv):
     print(f"demo: draws 40 desert scenes, trains DeepLabV3+ and SegFormer-B3 for {steps} steps each at 96 pixels, distils SegFormer-B1,\n"
           f"compares the three and labels a scene; under five minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
           "the scenes are drawn and the networks start from random weights.", flush=True)
-    if not (out / "data" / "val").is_dir():
-        write_scenes(out / "data", train=32, val=8, width=480, height=270)
+    if not (out / "data").is_dir():
+        write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
+        (out / "drawing").rename(out / "data")                # whole or not at all
     common = ["--data", str(out / "data"), "--out", str(out), "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3",
               "--batch-size", "4", "--eval-every", "4", "--class-weights", "sqrt", "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
     common += ["--overwrite"] * args.overwrite

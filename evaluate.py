@@ -260,7 +260,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = name.split(":")[0]
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": name == "cpu"}.get(kind)
-    if not usable or (kind == "cuda" and name.count(":") and not name[5:].isdigit()):
+    if not usable or (kind == "cuda" and ":" in name and name[5:] not in map(str, range(torch.cuda.device_count()))):
         raise Fault(f"--device {name}: not to be had here; use auto, cuda, mps or cpu")
     return torch.device(name)
 
@@ -277,7 +277,7 @@ def parse_weights(value, count, where="--teacher-weights"):
         weights = torch.tensor([float(v) for v in value.split(":")], dtype=torch.float64)
     except ValueError:
         weights = torch.tensor([float("nan")])
-    if len(weights) != count or not weights.isfinite().all() or (weights < 0).any() or weights.sum() <= 0:
+    if len(weights) != count or not weights.sum().isfinite() or (weights < 0).any() or weights.sum() <= 0:
         raise Fault(f"{where} {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
     return weights / weights.sum()
 

@@ -118,6 +118,8 @@ def label_files(args, model, meta, device, dtype):
 # ---------------------------------------------------------------------------------------------- Hugging Face
 def export_folder(model, meta, folder, height, width):
     """config.json with label names, weights in safetensors, preprocessor_config.json for a fixed height x width."""
+    if folder.is_file():
+        raise Fault(f"--export {folder}: is a file; name a folder, or a .onnx file")
     if meta["arch"] == "deeplab":
         raise Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
@@ -188,22 +190,20 @@ def export_onnx(model, path, shape):
             raise Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, try another torch or onnxruntime", status=1)
 
 
-def quantize(path, target, folder, height, width, count=64):
-    """Weights and activations of the ONNX file `path` in 8 bits, calibrated on up to `count` pictures of `folder`.
+def quantize(path, target, images):
+    """Weights and activations of the ONNX file `path` in 8 bits, calibrated on `images`, uint8 (1, 3, H, W) arrays.
 
     Attention's products, softmax and norms stay in float: quantised they cost more than they save (1.25 times as fast as
     fp32 on one core with them, 1.7 times without)."""
     onnx, quantization = needs("onnx", "onnxruntime.quantization")
-    pictures = find_inputs([folder])
-    pictures = pictures[::max(1, len(pictures) // count)][:count]
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
-            self.left = iter(pictures)
+            self.left = iter(images)
 
         def get_next(self):
-            picture = next(self.left, None)
-            return None if picture is None else {"image": fixed_image(read_image(picture), height, width).numpy()}
+            image = next(self.left, None)
+            return None if image is None else {"image": image}
 
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "ready.onnx"
@@ -220,9 +220,9 @@ def fixed_image(image, height, width):
     return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
 
 
-def compare(args, rows, classes, height, width):
-    """mIoU on --data's val/, milliseconds and size of each row {name: (labels of a uint8 image, file size)}."""
-    pairs = Pairs(find_data(args.data), args.split, classes, args.masks)
+def compare(pairs, rows, height, width):
+    """mIoU on a split, milliseconds and size of each row {name: (labels of a uint8 image, file size)}."""
+    classes = pairs.classes
     matrices = {name: torch.zeros(len(classes), len(classes), dtype=torch.int64) for name in rows}
     for n in range(len(pairs)):
         image = fixed_image(read_image(pairs.pairs[n][0]), height, width)
@@ -232,7 +232,7 @@ def compare(args, rows, classes, height, width):
             full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
             matrices[name] += confusion(full, target, len(classes))
     times = time_interleaved([lambda labels=labels: labels(image) for labels, _ in rows.values()], torch.device("cpu"))
-    print(f"{args.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n"
+    print(f"{pairs.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n"
           f"{'':16} {'mIoU':>7} {'ms':>8} {'spread':>17} {'MB':>7}")
     for (name, (_, size)), (median, low, high) in zip(rows.items(), times, strict=True):
         print(f"{name:16} {summary(matrices[name], classes)['miou']:7.4f} {median:8.1f} {f'{low:.1f}-{high:.1f}':>17} {size / 1e6:7.1f}")
@@ -243,7 +243,7 @@ def parse_shape(value):
     if value == "dynamic":
         return None
     parts = value.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and 32 <= int(part) <= 8192 and int(part) % 32 == 0 for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and 32 <= int(part) <= 8192 and int(part) % 32 == 0 for part in parts):
         raise Fault(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic")
     return int(parts[0]), int(parts[1])
 
@@ -259,14 +259,18 @@ def export(args, model, meta):
         return
     if not args.calibrate or not shape:
         raise Fault(f"--export {target}: 8 bits need --calibrate DIR with pictures like those to come, and a fixed --shape")
+    needs("onnx", "onnxscript", "onnxruntime")
+    pairs = Pairs(find_data(args.data), args.split, meta["classes"], args.masks)     # everything is read before anything is written
+    pictures = find_inputs([args.calibrate])
+    images = [fixed_image(read_image(p), height, width).numpy() for p in pictures[::max(1, len(pictures) // 64)][:64]]
     plain = target.with_name(target.name.removesuffix(".int8.onnx") + ".onnx")
     export_onnx(frozen, plain, shape)
-    quantize(plain, target, args.calibrate, height, width)
+    quantize(plain, target, images)
     sessions = {name: session_of(path) for name, path in (("onnx fp32", plain), ("onnx int8", target))}
     rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
     for (name, session), path in zip(sessions.items(), (plain, target), strict=True):
         rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
-    compare(args, rows, meta["classes"], height, width)
+    compare(pairs, rows, height, width)
 
 
 # ---------------------------------------------------------------------------------------------- command

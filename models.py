@@ -256,7 +256,7 @@ def read_checkpoint(path, flag=""):
     """(state dict, the rest of the checkpoint) of a file of this project, or of a bare state dict from elsewhere."""
     content = read_file(path, flag)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise Fault(f"{f'{flag} {path}'.strip()}: holds no state dict; name a checkpoint of this project")
     meta = {} if state is content else {key: value for key, value in content.items() if key != "model_state_dict"}
     return {key.removeprefix("module."): value for key, value in state.items()}, meta
@@ -276,11 +276,14 @@ def load_model(path, arch=None, classes=None):
     table = check_classes(meta["classes"], str(path)) if "classes" in meta else classes
     if table is None or len(table) != count_classes(state):
         raise Fault(f"{path}: has {count_classes(state)} classes, the class table {len(table or [])}; give the right --classes FILE")
-    if (tuple(meta.get("mean", MEAN)), tuple(meta.get("std", STD))) != (MEAN, STD):
+    if [meta.get("mean", list(MEAN)), meta.get("std", list(STD))] != [list(MEAN), list(STD)]:
         raise Fault(f"{path}: was trained with another normalisation ({meta['mean']}, {meta['std']}); train it again")
+    if type(meta.get("size", 512)) is not int or meta.get("size", 512) < 32:
+        raise Fault(f"{path}: has size {meta['size']!r}, no side in pixels; the file is damaged, train it again")
     model = build(wanted, table)
     fill(model, translate(state, model), str(path), wanted)
-    return model.eval(), {"size": 512, "val_iou": {}, "val_miou": None, "args": {}, **meta, "arch": wanted, "classes": table}
+    meta = {"size": 512, "val_miou": None, "args": {}, **meta, "val_iou": meta.get("val_iou") or {}}
+    return model.eval(), {**meta, "arch": wanted, "classes": table}
 
 
 def save_model(path, model, arch, classes, **meta):

@@ -131,7 +131,7 @@ def test_ids_become_indices(pairs):
 
 @pytest.mark.parametrize("values, flag, form", [
     ([{100, 200}, {10000}], None, "ids"), ([{0, 3}, {9, 255}], None, "indices"), ([{100, 12345}], None, "ids"),
-    ([{0, 9}], "indices", "indices"), ([{100, 255, 7100}], None, "ids")])
+    ([{0, 9}], "indices", "indices"), ([{100, 255, 7100}], None, "ids"), ([{100, 7100}, {255}], None, "ids")])
 def test_mask_form_is_decided(values, flag, form):
     assert data.mask_form(values, ["a.png"] * len(values), data.DESERT, flag) == form
 
@@ -809,6 +809,69 @@ def test_overwrite_starts_afresh_and_a_foreign_checkpoint_is_kept(scenes, tmp_pa
     fails(train_teacher.main, argv, "segformer-b0.pth", "no state", "--overwrite")
 
 
+def test_killed_before_the_first_save_the_run_goes_on(scenes, tmp_path, monkeypatch):
+    """A state stands on disk from the first step on, and the best checkpoint of a run without a state is its own."""
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--epochs", "2"]
+    once = train_teacher.train_step
+
+    def killed(job, batches, now, *rest):
+        if now == 4:
+            raise RuntimeError("killed")
+        return once(job, batches, now, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_teacher, "train_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_teacher.main(argv)
+    assert (tmp_path / "segformer-b0.pth").exists()
+    _, history = train_teacher.main(argv)
+    assert [r["step"] for r in history] == [3, 6]
+
+
+def test_damaged_records_of_a_run(scenes, tmp_path, fails):
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"]
+    train_teacher.main(argv)
+    for content in ("[]", "3", "{", "null"):
+        (tmp_path / "scan_train.json").write_text(content)
+        train_teacher.main(argv)
+    best, state = tmp_path / "segformer-b0.pth", tmp_path / "checkpoints" / "segformer-b0.pth"
+    kept = best.read_bytes()
+    best.unlink()
+    fails(train_teacher.main, argv, "is gone", "--overwrite")
+    best.write_bytes(kept)
+    for content in ([1, 2], {"training": None}, {"a": torch.ones(1)}):
+        torch.save(content, state)
+        fails(train_teacher.main, argv, "checkpoints", "--overwrite")
+    state.write_bytes(b"")
+    fails(train_teacher.main, argv, "checkpoints", "--overwrite")
+
+
+def test_an_epoch_without_a_finite_gradient_fails(scenes, tmp_path, monkeypatch, fails):
+    once = train_teacher.hard_loss
+    monkeypatch.setattr(train_teacher, "hard_loss", lambda *a: once(*a) * float("nan"))
+    fails(train_teacher.main, ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"], "none of the 2 gradients", "--lr", status=1)
+    assert not (tmp_path / "segformer-b0.pth").exists()
+
+
+def test_pairs_repeated_by_links_count_twice(copy_of):
+    for part in ("Color_Images", "Segmentation"):
+        (copy_of / "train" / part / "zz.png").symlink_to("scene0000.png")
+    split = data.Pairs(copy_of, "train", data.DESERT)
+    assert len(split) == 13 and torch.equal(split.counts[0], split.counts[12])
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_saves(scenes, tmp_path):
+    """As a scheduler sends it: data workers get the signal too."""
+    argv = ["--data", str(scenes), *B0, "--workers", "2", "--epochs", "500", "--eval-every", "500", "--out", str(tmp_path)]
+    child = subprocess.Popen([sys.executable, str(HERE / "train_teacher.py"), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    while "epoch 2," not in child.stdout.readline():
+        pass
+    os.killpg(child.pid, signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 143 and "the same command goes on" in said and "Traceback" not in said
+
+
 class StopAt:
     """Raises a signal in this process when the loop begins step `step`."""
 
@@ -1406,6 +1469,18 @@ def turned(path):
     path.unlink()
 
 
+def four_bits():
+    """A PNG of 192x108 in 4-bit greyscale, which Pillow reads times 17 and does not write."""
+    import struct
+    import zlib
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 192, 108, 4, 0, 0, 0, 0)) + \
+        chunk(b"IDAT", zlib.compress(108 * (b"\0" + 96 * b"\x12"))) + chunk(b"IEND", b"")
+
+
+FOUR_BITS = four_bits()
 BAD_DATA = {
     "empty split": (empty, ["holds no pictures"]),
     "no mask": (first("Segmentation", Path.unlink), ["scene0000.png", "no partner", "Segmentation"]),
@@ -1430,6 +1505,8 @@ BAD_DATA = {
     "aspect above 8": (first("Color_Images", picture(900, 100)), ["scene0000.png", "aspect"]),
     "two of one stem": (first("Color_Images", lambda p: shutil.copy(p, p.with_suffix(".bmp"))), ["scene0000", "same stem"]),
     "no folder": (lambda d: shutil.rmtree(d / "val"), ["val", "No such file"]),
+    "dangling link": (first("Color_Images", lambda p: (p.unlink(), p.symlink_to("nowhere"))), ["scene0000.png", "No such file"]),
+    "4-bit mask": (first("Segmentation", lambda p: p.write_bytes(FOUR_BITS)), ["scene0000.png", "4 bits"]),
 }
 
 
@@ -1446,6 +1523,9 @@ BAD_FLAGS = {
     "alpha nonsense": (distill.main, ["--alpha", "nonsense"], ["--alpha nonsense"]),
     "alpha of three": (distill.main, ["--alpha", "0:1:0"], ["--alpha 0:1:0"]),
     "alpha nan": (distill.main, ["--alpha", "nan"], ["--alpha nan"]),
+    "T too large": (distill.main, ["--T", "1e200"], ["--T", "1e200"]),
+    "kl too large": (distill.main, ["--kl", "1e300"], ["--kl"]),
+    "weights that overflow": (distill.main, ["--teacher-weights", "1e308:1e308"], ["--teacher-weights 1e308:1e308"]),
     "T of 0": (distill.main, ["--T", "0"], ["--T", "'0'", "above 0"]),
     "negative T": (distill.main, ["--T", "-1"], ["--T", "-1"]),
     "weights of the wrong length": (distill.main, ["--teacher-weights", "1:1:1"], ["--teacher-weights 1:1:1", "2 numbers"]),
@@ -1474,6 +1554,11 @@ BAD_FLAGS = {
     "no such picture": (infer.main, ["nowhere.png", "--checkpoint", "DEEPLAB"], ["nowhere.png"]),
     "no picture at all": (infer.main, [], ["nothing to do"]),
     "shape": (infer.main, ["--export", "a.onnx", "--shape", "100x100", "--checkpoint", "DEEPLAB"], ["--shape 100x100"]),
+    "int8 with no such pictures": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "nowhere",
+                                                "--data", "SCENES"], ["nowhere"]),
+    "int8 with no such split": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "SCENES",
+                                             "--data", "SCENES", "--split", "zz"], ["zz"]),
+    "name too long": (infer.main, [300 * "a" + ".png", "--checkpoint", "DEEPLAB"], ["aaa"]),
     "int8 without pictures": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
     "folder without pictures": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without pictures"]),
 }
@@ -1483,7 +1568,8 @@ BAD_FLAGS = {
 def test_bad_flag_is_one_line(case, scenes, trained, tmp_path, monkeypatch, fails):
     main, argv, words = BAD_FLAGS[case]
     (tmp_path / "empty").mkdir()
-    argv = [{"DEEPLAB": trained[1][0], "FOLDER": str(tmp_path / "empty")}.get(word, word) for word in argv]
+    words_for = {"DEEPLAB": trained[1][0], "STUDENT": str(trained[0] / "best_student.pth"), "FOLDER": str(tmp_path / "empty"), "SCENES": str(scenes)}
+    argv = [words_for.get(word, word) for word in argv]
     monkeypatch.chdir(tmp_path)
     extra = [] if main is infer.main else ["--data", str(scenes)] if "--data" not in argv else []
     extra += ["--init", "random", "--size", "64", "--out", "out"] if main in (distill.main, train_teacher.main) else []
@@ -1497,6 +1583,7 @@ BAD_CLASSES = {
     "256 classes": (CLASSES, ["holds 256"]), "duplicate ids": ([CLASSES[0], {**CLASSES[1], "id": 0}], ["id 0 occurs twice"]),
     "duplicate names": ([CLASSES[0], {**CLASSES[1], "name": "c0"}], ["'c0' occurs twice"]),
     "missing keys": ([CLASSES[0], {"name": "a", "id": 3}], ["entry 1", "color"]),
+    "two lines": ([CLASSES[0], {**CLASSES[1], "name": "a\nb"}], ["one line of text"]), "deep": (100_000 * "[", ["not a readable JSON"]),
     "id out of range": ([CLASSES[0], {**CLASSES[1], "id": 70000}], ["70000"]), "bad colour": ([CLASSES[0], {**CLASSES[1], "color": "red"}], ["red"]),
 }
 
@@ -1554,8 +1641,13 @@ def test_dead_worker_is_one_line(scenes, tmp_path, fails):
     assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("error: a data worker died") == 1
 
 
-def test_unusable_out_is_one_line(scenes, tmp_path, fails):
+def test_unusable_out_is_one_line(scenes, trained, tmp_path, fails):
     (tmp_path / "file").write_text("")
+    student = str(trained[0] / "best_student.pth")
+    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    fails(infer.main, [picture, "--checkpoint", student, "--out", str(tmp_path / "file")], "file", "cannot be written", status=1)
+    fails(infer.main, ["--export", str(tmp_path / "file"), "--checkpoint", student], "is a file")
+    fails(data.main, ["--data", str(scenes), "--out", str(tmp_path / "file")], "file", "cannot be written", status=1)
     fails(train_teacher.main, ["--data", str(scenes), *B0, "--out", str(tmp_path / "file" / "sub")], "--out", "choose another folder")
 
 

@@ -67,7 +67,7 @@ def add_train_flags(parser, size=512):
     train.add_argument("--steps", type=number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
     train.add_argument("--batch-size", type=number(int, 1), default=8, help="pictures a process and forward (8)")
     train.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
-    train.add_argument("--lr", type=number(float, 0, open_low=True), default=6e-5, help="AdamW rate of the encoder, the head has ten times it (6e-5)")
+    train.add_argument("--lr", type=number(float, 0, 1, open_low=True), default=6e-5, help="AdamW rate of the encoder, the head has ten times it (6e-5)")
     train.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median", help="of the hard loss (median frequency)")
     train.add_argument("--eval-every", type=number(int, 1), default=1, metavar="N", help="epochs between validations (1)")
     train.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation (0)")
@@ -284,6 +284,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         if kept["sums"]:
             values = kept["sums"]["values"].to(device)
             sums = {"names": kept["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
+        if kept["done"] and not (out / f"{name}.pth").exists():
+            raise Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
         if kept["done"]:
             write_log(world, out / f"{name}.jsonl", header, history)
             world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
@@ -328,6 +330,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(device)
 
+    if not state:
+        save_state()                                          # so that what is killed from here on can be resumed
     order.start, order.stop = step, total
     batches = loader(Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
     bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
@@ -340,10 +344,14 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
             if ended and not stop:
                 epoch = math.ceil(step / per_epoch)
                 due = epoch % args.eval_every == 0 or step == total
+                figures = means(sums, world)
+                if step == total and figures["loss"] is None:
+                    raise Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or the weights "
+                                "of the losses, or use --amp off or bf16; the last state is kept", status=1)
                 scores = validate() if due else None
                 if due and scores is None:
                     continue                                  # a signal came in between
-                history.append({"epoch": epoch, "step": step, **means(sums, world), "lr": learning_rate(step - 1, total, args.lr),
+                history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr),
                                 **timings(step - first, args, world, epoch_start, waited), **validation(scores)})
                 if scores and scores["miou"] > best:
                     best = scores["miou"]
@@ -429,10 +437,11 @@ def find_state(path, best, who, overwrite):
         if best.exists():
             raise Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
         return None
-    state = read_file(path)
-    old = state.get("training", {}).get("who")
-    if old is None:
-        raise Fault(f"{path}: is no state of a run; move it away or choose another --out")
+    try:
+        state = read_file(path)
+        old = state["training"]["who"]
+    except (Fault, KeyError, TypeError):
+        raise Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
     other = sorted(key for key in {*old, *who} if plain(old.get(key)) != plain(who.get(key)))
     if other:
         names = ", ".join(f"{key if key in ('processes', 'data', 'transformers') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
@@ -472,7 +481,7 @@ def means(sums, world):
     steps = values.pop("steps")
     counts = {key: values.pop(key) for key in ("skipped", *COUNTERS) if key in values}
     counts["skipped"] /= world.size                           # every process skips the same steps
-    return {"alpha": 0.0, **{key: value / max(1.0, steps) for key, value in values.items()}, **counts}
+    return {"alpha": 0.0, **{key: value / steps if steps else None for key, value in values.items()}, **counts}
 
 
 def timings(steps, args, world, since, waited):
@@ -514,8 +523,8 @@ def report(world, out, name, header, history, classes, bar):
         parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last]
         curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
         save_picture(out / curves, draw_curves(history, classes, parts))
-        miou = "" if last["val_miou"] is None else f", mIoU {last['val_miou']:.4f}"
-        bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}, loss {last['loss']:.4f}{miou}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
+        figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
+        bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -526,11 +535,16 @@ def open_data(args, world, classes):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
-    if world.rank > 0:
-        dist.barrier(world.control)
-    splits = [Pairs(root, split, classes, args.masks, f"{kept}_{split}.json") for split in ("train", "val")]
-    if world.size > 1 and world.rank == 0:
-        dist.barrier(world.control)
+    if world.rank > 0 and world.agree(0)[0]:
+        raise SystemExit(2)                                   # the first process says why
+    try:
+        splits = [Pairs(root, split, classes, args.masks, f"{kept}_{split}.json") for split in ("train", "val")]
+    except Fault:
+        if world.rank == 0:
+            world.agree(1)
+        raise
+    if world.rank == 0:
+        world.agree(0)
     for split in splits:
         world.say(split.describe())
     empty = [c["name"] for c, n in zip(classes, splits[0].counts.sum(0), strict=True) if not n]
