@@ -109,6 +109,11 @@ def add_data_flags(parser):
     return group
 
 
+def cores():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def progress(iterable, desc, **kwargs):
     """A tqdm bar on stderr: quiet for short work, rare lines where stderr is a file."""
     return tqdm(iterable, desc=desc, leave=False, delay=1, mininterval=0.5 if sys.stderr.isatty() else 60, **kwargs)
@@ -258,7 +263,7 @@ def scan(pairs, kept=None):
             pass                                              # a torn file: scan again
     keys = [f"{picture.resolve()}|{stamp}" for (picture, _), stamp in zip(pairs, stamps, strict=True)]
     missing = [n for n, key in enumerate(keys) if key not in known]
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))    # Pillow decodes outside the interpreter lock
+    pool = ThreadPoolExecutor(min(8, cores()))    # Pillow decodes outside the interpreter lock
     try:
         results = pool.map(scan_pair, [pairs[n] for n in missing])
         for n, result in zip(missing, progress(results, "reading all files", total=len(missing)), strict=True):
@@ -323,7 +328,7 @@ def mask_form(values, names, classes, flag=None):
         as_id = [n for n, v in enumerate(values) if v & (ids - indices)]
         if as_index and as_id:
             raise Fault(f"{names[as_index[0]]}: holds class indices where {Path(names[as_id[0]]).name} holds raw ids; a split must not mix them")
-        fits = {"ids": bool(union & ids), "indices": False}
+        fits = {"ids": True, "indices": False}                # with ids that the table does not know
     form = "ids" if fits["ids"] else "indices"
     if not union & (ids if form == "ids" else indices - {IGNORE}):
         raise Fault(f"{names[0]}: labels {sorted(union)[:8]} are in no class table entry; name the right table with --classes FILE")
@@ -358,7 +363,7 @@ class Pairs:
                 index = int(self.table[value])
                 if index != IGNORE:
                     self.counts[n, index] += pixels
-                elif self.form == "ids" or value != IGNORE:
+                elif value != IGNORE:
                     unknown[value] = unknown.get(value, 0) + pixels
         self.unknown = unknown
         digest = hashlib.sha256(repr([(p.stem, f) for (p, _), f in zip(self.pairs, found, strict=True)]).encode())
@@ -618,14 +623,17 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def overlay(image, labels, classes):
-    """A PIL RGB picture with its labels (H, W) laid over it, and a legend of the classes present with their shares."""
+def overlay(image, labels, classes, legend=True):
+    """A PIL RGB picture with its labels (H, W) laid over it, and a legend of the classes present with their shares,
+    left out where it would hide more than it tells."""
     mixed = Image.blend(image, Image.fromarray(palette(classes)[np.asarray(labels)]), 0.5)
+    if not legend or min(image.size) < 200:
+        return mixed
     counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[:len(classes)]
     present = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
     line = max(9, min(image.height // 30, image.width // 24))
     draw = ImageDraw.Draw(mixed, "RGBA")
-    rows = [(palette(classes)[c], f"{classes[c]['name']}  {100 * counts[c] / counts.sum():.1f} %") for c in present]
+    rows = [(palette(classes)[c], f"{classes[c]['name']}  {100 * counts[c] / counts.sum():.2g} %") for c in present]
     width = max([draw.textlength(text, font(line)) for _, text in rows], default=0) + 3 * line
     draw.rectangle((0, 0, width, (len(rows) + 0.5) * 1.3 * line), fill=(0, 0, 0, 150))
     for n, (color, text) in enumerate(rows):
@@ -646,7 +654,7 @@ def augmented_sheet(pairs, size, rows=4, columns=6):
         picture = Image.fromarray((jittered * 255).byte().permute(1, 2, 0).numpy())
         x, y = 2 * n % columns * size, 2 * n // columns * size
         sheet.paste(picture, (x, y))
-        sheet.paste(overlay(picture, sample[1].numpy(), pairs.classes), (x + size, y))
+        sheet.paste(overlay(picture, sample[1].numpy(), pairs.classes, legend=False), (x + size, y))
     return sheet
 
 
@@ -719,7 +727,7 @@ def main(argv=()):
     if not splits:
         raise Fault(f"--data {root}: holds neither train/ nor val/; name the folder that does")
     for split in splits:
-        pairs = Pairs(root, split, classes, args.masks)
+        pairs = Pairs(root, split, classes, args.masks, Path(args.out) / f"scan_{split}.json")
         print(pairs.describe())
         print(f"  sizes: {', '.join(f'{w}x{h} ({pairs.sizes.count((w, h))})' for w, h in sorted(set(pairs.sizes)))}")
         share = pairs.counts.sum(0) / pairs.counts.sum()

@@ -235,8 +235,9 @@ class Cache:
         mine = todo[world.rank::world.size]
         if mine:
             images = loader(Wholes(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
-            start = time.perf_counter()
             for n, (n_pair, (image,), _) in enumerate(progress(images, "teachers", total=len(mine))):
+                if n == 0:
+                    start = time.perf_counter()               # the first picture takes longer, and waits for the workers
                 if n == 1:
                     world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} pictures, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
                               f"about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")

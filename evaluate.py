@@ -30,6 +30,7 @@ from data import (
     Wholes,
     add_data_flags,
     command,
+    cores,
     find_data,
     font,
     load_classes,
@@ -92,7 +93,7 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def time_interleaved(calls, device, seconds=3.0, least=5):
+def time_interleaved(calls, device, seconds=1.5, least=5):
     """Milliseconds of each call, [(median, lowest, highest)]: run in turn after a warm-up, so that a machine that
     slows down slows all of them."""
     for call in calls:
@@ -301,11 +302,11 @@ def main(argv=()):
     data = add_data_flags(parser)
     data.add_argument("--split", default="val", help="folder below --data, or . if --data itself holds Color_Images (val)")
     data.add_argument("--size", type=side, help="shorter side that the networks see, pixels (that of training)")
-    data.add_argument("--workers", type=number(int, 0, 256), default=2, help="processes that read files (2)")
+    data.add_argument("--workers", type=number(int, 0, 256), default=min(2, cores()), help="processes that read files (up to 2)")
     group = add_model_flags(parser)
     group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
     group.add_argument("--teacher-weights", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
-    group.add_argument("--tta", choices=["flip"], help="also score the mean with the mirrored picture, in rows of its own")
+    group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored picture")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the table there")
     output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="pictures of the N lowest scores (0)")
@@ -333,6 +334,7 @@ def main(argv=()):
     print(f"speed: batch 1, {device.type}{' ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}, "
           f"{str(dtype or torch.float32).removeprefix('torch.')}, {torch.get_num_threads()} threads, median of interleaved runs\n")
     print_table(rows, pairs.classes, sizes)
+    print(f"\npictures: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
         hidden = ("model", "matrix", "flip", "members", "input", "lowest")
         models = [{key: value for key, value in row.items() if key not in hidden} for row in rows]

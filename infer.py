@@ -42,6 +42,7 @@ from data import (
     read_image,
     side,
     whole_image,
+    whole_size,
     write_atomic,
 )
 from evaluate import add_model_flags, confusion, pick_device, summary, time_interleaved
@@ -126,6 +127,7 @@ def export_folder(model, meta, folder, height, width):
     stock.load_state_dict(translate(model.state_dict(), stock))
     processor = transformers.SegformerImageProcessor(size={"height": height, "width": width}, image_mean=list(MEAN), image_std=list(STD),
                                                      do_reduce_labels=False)
+    transformers.logging.disable_progress_bar()
     try:
         stock.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -166,12 +168,12 @@ def session_of(path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def export_onnx(model, path, shape):
-    """Writes `path`; `shape` is (H, W), or None for sides chosen at run time. Checked against torch on noise and ramps."""
+def export_onnx(model, path, shape, dynamic=False):
+    """Writes `path`; `shape` is (H, W), `dynamic`: sides are chosen at run time. Checked against torch on noise and ramps."""
     needs("onnx", "onnxscript", "onnxruntime")
-    height, width = shape or (512, 896)
+    height, width = shape
     labeller, image = Labeller(model).eval(), torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
-    sides = None if shape else {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
+    sides = None if not dynamic else {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
     buffer = io.BytesIO()
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         program = torch.onnx.export(labeller, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"], output_names=["labels"],
@@ -179,7 +181,7 @@ def export_onnx(model, path, shape):
         program.save(buffer)
     write_atomic(path, lambda file: file.write(buffer.getvalue()))
     session = session_of(path)
-    tries = [(height, width)] if shape else [(height, width), (480, 640), (320, 544)]
+    tries = [(height, width), (480, 640), (320, 544)] if dynamic else [(height, width)]
     for h, w in tries:
         ramp = torch.linspace(0, 255, w).expand(1, 3, h, w).roll(1, 1)
         image = (ramp + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
@@ -249,27 +251,31 @@ def parse_shape(value):
 
 
 def export(args, model, meta):
-    target, shape = Path(args.export), parse_shape(args.shape)
-    height, width = shape or (512, 896)
+    width, height = whole_size(960, 540, args.size or meta["size"])
+    target, shape = Path(args.export), parse_shape(args.shape or f"{height}x{width}")
+    height, width = shape or (height, width)
     if target.suffix != ".onnx":
         return export_folder(model, meta, target, height, width)
     frozen = freeze(model, meta["arch"])
     if not target.name.endswith(".int8.onnx"):
-        export_onnx(frozen, target, shape)
+        export_onnx(frozen, target, (height, width), shape is None)
         return
-    if not args.calibrate or not shape:
-        raise Fault(f"--export {target}: 8 bits need --calibrate DIR with pictures like those to come, and a fixed --shape")
+    if not args.calibrate:
+        raise Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of pictures like those to come")
+    if not shape:
+        raise Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
     needs("onnx", "onnxscript", "onnxruntime")
     pairs = Pairs(find_data(args.data), args.split, meta["classes"], args.masks)     # everything is read before anything is written
     pictures = find_inputs([args.calibrate])
     images = [fixed_image(read_image(p), height, width).numpy() for p in pictures[::max(1, len(pictures) // 64)][:64]]
-    plain = target.with_name(target.name.removesuffix(".int8.onnx") + ".onnx")
-    export_onnx(frozen, plain, shape)
-    quantize(plain, target, images)
-    sessions = {name: session_of(path) for name, path in (("onnx fp32", plain), ("onnx int8", target))}
     rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
-    for (name, session), path in zip(sessions.items(), (plain, target), strict=True):
-        rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
+    with tempfile.TemporaryDirectory() as temporary:
+        plain = Path(temporary) / "fp32.onnx"
+        export_onnx(frozen, plain, shape)
+        quantize(plain, target, images)
+        for name, path in (("onnx fp32", plain), ("onnx int8", target)):
+            session = session_of(path)
+            rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
     compare(pairs, rows, height, width)
 
 
@@ -290,7 +296,7 @@ def main(argv=()):
     data.add_argument("--split", default="val", help="what an int8 export is compared on (val)")
     away = parser.add_argument_group("export")
     away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
-    away.add_argument("--shape", default="512x896", metavar="HxW|dynamic", help="sides of the exported input (512x896)")
+    away.add_argument("--shape", metavar="HxW|dynamic", help="sides of the exported input (what a 960x540 picture is in training; 512x896 at 512)")
     away.add_argument("--calibrate", metavar="DIR", help="pictures for 8 bits")
     args = parser.parse_args(argv)
     if not args.inputs and not args.export:

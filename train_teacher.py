@@ -38,6 +38,7 @@ from data import (
     add_data_flags,
     class_weights,
     command,
+    cores,
     find_data,
     load_classes,
     loader,
@@ -60,7 +61,7 @@ def add_train_flags(parser, size=512):
     """The flags that train_teacher.py and distill.py share."""
     data = add_data_flags(parser)
     data.add_argument("--size", type=side, default=size, help=f"side of a crop, shorter side of a whole picture, pixels ({size})")
-    data.add_argument("--workers", type=number(int, 0, 256), default=min(4, os.cpu_count() or 1), help="processes that read files (up to 4)")
+    data.add_argument("--workers", type=number(int, 0, 256), default=min(4, cores()), help="processes that read files (up to 4)")
     data.add_argument("--rare-class-sampling", action="store_true", help="draw pictures that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs (50)")
@@ -256,7 +257,7 @@ def train_step(job, batches, step, total, sums):
 
 # ---------------------------------------------------------------------------------------------- the loop
 def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=None, identity=()):
-    """Trains `model`; returns it and the list of epoch records. Goes on where the same run was left.
+    """Trains `model`; returns it with its last weights, in eval mode, and the epoch records. Goes on where the same run was left.
 
     loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number}); fraction runs 0 -> 1.
     extras: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
@@ -289,7 +290,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         if kept["done"]:
             write_log(world, out / f"{name}.jsonl", header, history)
             world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
-            return model, history
+            return model.eval(), history
         optimizer.load_state_dict(kept["optimizer"])
         scaler.load_state_dict(kept["scaler"])
         if extras is not None:
@@ -381,7 +382,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                     raise numbers_went_wrong(name, step, parts, micro, train, path)
         save_state(done=True)
     world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; {out / name}.pth holds the best, {path} the last")
-    return model, history
+    return model.eval(), history
 
 
 class Stoppable:
