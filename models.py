@@ -4,7 +4,7 @@
     model, meta = load_model("outputs/best_student.pth")                # rebuilt from the checkpoint alone
 
 At 512x512 with ten classes: SegFormer-B1 13.7 M parameters and 11.0 GMACs (15.3 as transformers writes it),
-SegFormer-B3 47.2 M and 38.6 (77.2), DeepLabV3+ with ResNet50 40.3 M and 59.5 (`python evaluate.py CKPT...` counts).
+SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2 (`python evaluate.py CKPT...` counts).
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
