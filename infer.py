@@ -264,7 +264,6 @@ def export(args, model, meta):
         raise Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of pictures like those to come")
     if not shape:
         raise Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
-    needs("onnx", "onnxscript", "onnxruntime")
     pairs = Pairs(find_data(args.data), args.split, meta["classes"], args.masks)     # everything is read before anything is written
     pictures = find_inputs([args.calibrate])
     images = [fixed_image(read_image(p), height, width).numpy() for p in pictures[::max(1, len(pictures) // 64)][:64]]

@@ -1357,6 +1357,15 @@ def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fa
     assert json.loads((tmp_path / "own" / "preprocessor_config.json").read_text())["size"] == {"height": 64, "width": 128}
 
 
+def test_missing_optional_packages_are_one_line(trained, tmp_path, monkeypatch, fails):
+    def missing(name):
+        raise ImportError(name=name)
+    monkeypatch.setattr(infer.importlib, "import_module", missing)
+    fails(infer.main, ["--export", str(tmp_path / "a.onnx"), "--checkpoint", str(trained[0] / "best_student.pth")], "onnx is not installed",
+          "pip install onnx onnxscript onnxruntime")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_faster_than_transformers_pipeline_and_stock_b3(trained, tmp_path, capsys):
     """From a 960x540 file to an index mask, in turn, at the same network input of 512x896; same labels."""
