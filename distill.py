@@ -382,7 +382,7 @@ def bench(args):
 
 
 def bench_in(args, folder, world):
-    device, classes, torch_seed = world.device, load_classes(), args.seed
+    device, classes = world.device, load_classes()
     dtype = amp_dtype(args.amp, device)
     write_scenes(folder, train=max(8, args.batch_size), val=1)
     pairs = Pairs(folder, "train", classes)
@@ -391,7 +391,7 @@ def bench_in(args, folder, world):
     batch: Batch = collate(samples)
     ready, class_weight = to_device(batch, device), class_weights(pairs.counts).to(device)
 
-    torch.manual_seed(torch_seed)
+    torch.manual_seed(args.seed)
     networks = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
     teachers = Teachers(list(networks.values()), torch.ones(2), args.average).to(device)
     answer = torch.compile(teachers) if args.compile else teachers

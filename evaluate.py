@@ -205,8 +205,7 @@ def worst_sheet(pairs, n, labels):
     wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
     wrong[target == IGNORE] = 128
     wrong[(labels != target) & (target != IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
-    known = target.where(target != IGNORE, 255)
-    parts = [picture, overlay(picture, known.numpy(), pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
+    parts = [picture, overlay(picture, target.numpy(), pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
              Image.blend(picture, Image.fromarray(wrong.numpy()), 0.7)]
     sheet = Image.new("RGB", (sum(p.width for p in parts), picture.height))
     for k, part in enumerate(parts):

@@ -195,8 +195,7 @@ def export_onnx(model, path, shape, dynamic=False):
 def quantize(path, target, images):
     """Weights and activations of the ONNX file `path` in 8 bits, calibrated on `images`, uint8 (1, 3, H, W) arrays.
 
-    Attention's products, softmax and norms stay in float: quantised they cost more than they save (1.25 times as fast as
-    fp32 on one core with them, 1.7 times without)."""
+    Attention's products, softmax and norms stay in float: quantised they cost more than they save."""
     onnx, quantization = needs("onnx", "onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):

@@ -78,7 +78,7 @@ class SegFormer(SegformerForSemanticSegmentation):
         weights, bias = self.folded or self.merged_head()
         y = None
         for stage, weight in zip(stages, weights, strict=True):
-            # (B, D, ...) at the stage's own size; upsampling D channels is 2 to 3 times as fast in channels_last
+            # (B, D, ...) at the stage's own size; in channels_last, which makes upsampling D channels cheap on a CPU
             part = F.conv2d(stage.contiguous(memory_format=torch.channels_last), weight)
             if y is None:
                 y = part + bias.view(-1, 1, 1).to(part.dtype)
@@ -86,7 +86,7 @@ class SegFormer(SegformerForSemanticSegmentation):
                 y = y + F.interpolate(part, y.shape[2:], mode="bilinear", align_corners=False)
         if self.folded is None:
             y = head.batch_norm(y)
-        # whole maps are dropped, as in the authors' code; drawing a number a pixel takes 8 % of a step on a CPU
+        # whole maps are dropped, as in the authors' code; drawing a number for every cell and channel costs more on a CPU
         z = head.classifier(F.dropout2d(F.relu(y), head.dropout.p, self.training))
         return (z, list(stages)) if features else z
 
