@@ -266,10 +266,11 @@ class Cache:
 # ---------------------------------------------------------------------------------------------- the run
 def teaching(args, world, classes, train, student):
     """(teach as make_loss takes it, adapters, identity of the teachers) of a run; loads teachers only where they count."""
-    soft = max(parse_alpha(args.alpha)) > 0 and (args.kl or args.cwd)
-    if not (soft or args.feature or args.attention or args.init == "teacher"):
+    wants_stages = bool(args.feature or args.attention)
+    wants_teachers = wants_stages or (max(parse_alpha(args.alpha)) > 0 and (args.kl or args.cwd))
+    if not wants_teachers and args.init != "teacher":
         return None, None, ()
-    if args.cache_teachers and (args.feature or args.attention):
+    if args.cache_teachers and wants_stages:
         raise Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, leave it out")
     dtype = amp_dtype(args.amp, world.device)
     paths, loaded = load_teachers(args, classes)
@@ -277,14 +278,14 @@ def teaching(args, world, classes, train, student):
     identity = [("teachers", [file_digest(path) for path in paths])]
     if args.init == "teacher":
         start_from_teacher(student, [model for model, _ in loaded])
-    if not (soft or args.feature or args.attention):
+    if not wants_teachers:
         return None, None, identity
     adapters = make_adapters(student, [model for model, _ in loaded]) if args.feature else None
     frozen = [freeze(model.to(world.device), meta["arch"], dtype) for model, meta in loaded]
     if not args.cache_teachers:
         teachers = Teachers(frozen, weights, args.average).to(world.device)
         answer = torch.compile(teachers) if args.compile else teachers
-        return lambda batch: answer(batch.image, features=bool(args.feature or args.attention)), adapters, identity
+        return lambda batch: answer(batch.image, features=wants_stages), adapters, identity
     key = {"teachers": identity[0][1], "weights": weights.tolist(), "average": args.average, "data": train.digest, "size": args.size,
            "pictures": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs], "precision": str(dtype), "format": 1}
     cache = Cache(args.out, key, train, args.size)
@@ -343,26 +344,26 @@ def demo(args, argv):
 
 
 # ---------------------------------------------------------------------------------------------- the bench
-def original_step(device, dtype, images, masks, class_weight):
+def original_step(device, dtype, batch, class_weight, classes):
     """The step of the notebook that this project replaces, as a function to time: torchvision's DeepLabV3 at output
     stride 8 and transformers' SegFormers as they come, fp32 off a GPU, every map of logits brought to full size."""
-    stock = [SegformerForSemanticSegmentation(build(f"segformer-b{n}", range_classes(len(class_weight))).config) for n in (3, 1)]
-    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(class_weight))
-    teacher, student, deeplab = stock[0].to(device).eval(), stock[1].to(device).train(), deeplab.to(device).eval()
+    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(classes)).to(device).eval()
+    teacher, student = (SegformerForSemanticSegmentation(build(arch, classes).config).to(device) for arch in ("segformer-b3", "segformer-b1"))
+    teacher, student = teacher.eval(), student.train()
     optimizer = torch.optim.AdamW(student.parameters(), 6e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     dtype = dtype if device.type == "cuda" else None
 
     def full(z):
-        return F.interpolate(z.float(), masks.shape[1:], mode="bilinear", align_corners=False)
+        return F.interpolate(z.float(), batch.mask.shape[1:], mode="bilinear", align_corners=False)
 
     def step():
         with autocast(device, dtype):
             with torch.no_grad():
-                z_t = 0.5 * full(deeplab(images)["out"]) + 0.5 * full(teacher(images).logits)
-            z_s = full(student(images).logits)
+                z_t = 0.5 * full(deeplab(batch.image)["out"]) + 0.5 * full(teacher(batch.image).logits)
+            z_s = full(student(batch.image).logits)
             soft = F.kl_div((z_s / 2).log_softmax(1), (z_t / 2).softmax(1), reduction="none").sum(1).mean() * 4
-            loss = 0.5 * soft + 0.5 * F.cross_entropy(z_s, masks, class_weight, ignore_index=255)
+            loss = 0.5 * soft + 0.5 * F.cross_entropy(z_s, batch.mask, class_weight, ignore_index=255)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -371,90 +372,79 @@ def original_step(device, dtype, images, masks, class_weight):
     return step
 
 
-def range_classes(count):
-    return [{"name": str(n), "id": n, "color": [n, n, n]} for n in range(count)]
-
-
-def bench(args):
-    """Prints what each piece of a step costs on this device, interleaved, and the ratios that matter. Needs no data."""
-    with tempfile.TemporaryDirectory() as folder, processes(args.device) as world:
-        return bench_in(args, Path(folder), world)
-
-
-def bench_in(args, folder, world):
-    device, classes = world.device, load_classes()
-    dtype = amp_dtype(args.amp, device)
-    write_scenes(folder, train=max(8, args.batch_size), val=1)
-    pairs = Pairs(folder, "train", classes)
-    crops, rng = Crops(pairs, args.size, args.seed), np.random.default_rng(args.seed)
-    samples = [crops[0, n, n] for n in range(args.batch_size)]
-    batch: Batch = collate(samples)
+def bench_pieces(args, world, pairs, folder):
+    """{piece of a training step: a call that does it once}, all on one batch; "bare" is a network with nothing around it."""
+    device, classes, dtype = world.device, pairs.classes, amp_dtype(args.amp, world.device)
+    crops = Crops(pairs, args.size, args.seed)
+    batch: Batch = collate([crops[0, n, n] for n in range(args.batch_size)])
     ready, class_weight = to_device(batch, device), class_weights(pairs.counts).to(device)
-
-    torch.manual_seed(args.seed)
-    networks = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
-    teachers = Teachers(list(networks.values()), torch.ones(2), args.average).to(device)
-    answer = torch.compile(teachers) if args.compile else teachers
+    frozen = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
+    teachers = Teachers(list(frozen.values()), torch.ones(2), args.average).to(device)
+    compiled = torch.compile if args.compile else lambda network: network
+    answer, bare = compiled(teachers), {arch: compiled(network) for arch, network in frozen.items()}
     cache = Cache(folder, {"bench": 0}, pairs, args.size)
     cache.build(teachers.ensemble, world, dtype, 0)
-    kinds = {"online": lambda b: answer(b.image), "cached": lambda b: (cache.crops(b, args.size), []), "alone": None}
-    sums: dict = {kind: {} for kind in kinds}
-    jobs = {kind: train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", make_loss(args, class_weight, teach), class_weight,
-                                         world, dtype, args.lr, args.seed, compiled=args.compile) for kind, teach in kinds.items()}
-    bare = train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", None, class_weight, world, dtype, args.lr, args.seed,
-                                  compiled=args.compile)
+
+    def student(teach):
+        return train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", make_loss(args, class_weight, teach), class_weight,
+                                      world, dtype, args.lr, args.seed, compiled=args.compile)
+
+    def whole_step(teach):
+        job, sums = student(teach), {}
+        return lambda: train_teacher.train_step(job, [batch], 1, 100, sums)
 
     def bare_teacher(network):
         with torch.no_grad(), autocast(device, dtype):
             return network(ready.image)
 
-    bare_networks = {arch: torch.compile(network) if args.compile else network for arch, network in networks.items()}
-    with torch.no_grad(), autocast(device, dtype):
-        fixed = teachers(ready.image)[0]
+    job, fixed = student(None), bare_teacher(teachers)[0]
 
     def bare_student():
         with autocast(device, dtype):
-            z = bare.forward(ready.image)
+            z = job.forward(ready.image)
             loss = 0.5 * soft_loss(z, fixed, ready.mask, 2.0)[0] + 0.5 * hard_loss(z, ready.mask, class_weight)
-        bare.scaler.scale(loss).backward()
-        bare.scaler.step(bare.optimizer)
-        bare.scaler.update()
-        bare.optimizer.zero_grad(set_to_none=True)
+        job.scaler.scale(loss).backward()
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        job.optimizer.zero_grad(set_to_none=True)
 
-    def run(kind):
-        train_teacher.train_step(jobs[kind], [batch], 1, 100, sums[kind])
+    return {"step online": whole_step(lambda b: answer(b.image)), "step cached": whole_step(lambda b: (cache.crops(b, args.size), [])),
+            "student alone": whole_step(None), "bare student": bare_student,
+            **{f"bare {arch}": lambda network=network: bare_teacher(network) for arch, network in bare.items()},
+            "original step": original_step(device, dtype, ready, class_weight, classes)}
 
-    calls = {"original step": original_step(device, dtype, ready.image, ready.mask, class_weight),
-             **{f"bare {arch}": lambda n=network: bare_teacher(n) for arch, network in bare_networks.items()}, "bare student": bare_student, "step online": lambda: run("online"),
-             "step cached": lambda: run("cached"), "student alone": lambda: run("alone")}
-    run("online")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    run("online")
-    memory = train_teacher.peak_memory(device) / 1024
-    times = dict(zip(calls, evaluate.time_interleaved(list(calls.values()), device, seconds=8 if device.type == "cpu" else 3), strict=True))
 
-    def decode():
-        read_image(pairs.pairs[0][0])
-        read_mask(pairs.pairs[0][1])
-
-    files = {"decode a pair": decode, "loader, a pair": lambda: pairs.crop(0, args.size, draw_affine(rng, *pairs.sizes[0], args.size))}
-    times |= dict(zip(files, evaluate.time_interleaved(list(files.values()), device, seconds=2), strict=True))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type}, {name}, {str(dtype or torch.float32).removeprefix('torch.')}, {args.batch_size} crops of {args.size}x{args.size}"
-          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n\n{'piece':22} {'median ms':>10} {'lowest':>9} {'highest':>9}")
-    for piece, (median, low, high) in times.items():
-        print(f"{piece:22} {median:10.1f} {low:9.1f} {high:9.1f}")
-    ms = {piece: median for piece, (median, _, _) in times.items()}
+def bench(args):
+    """Prints what each piece of a step costs on this device, interleaved, and the ratios that matter. Needs no data."""
+    torch.manual_seed(args.seed)
+    with tempfile.TemporaryDirectory() as folder, processes(args.device) as world:
+        device = world.device
+        write_scenes(folder, train=max(8, args.batch_size), val=1)
+        pairs = Pairs(folder, "train", load_classes())
+        calls, rng = bench_pieces(args, world, pairs, Path(folder)), np.random.default_rng(args.seed)
+        files = {"decode a pair": lambda: (read_image(pairs.pairs[0][0]), read_mask(pairs.pairs[0][1])),
+                 "loader, a pair": lambda: pairs.crop(0, args.size, draw_affine(rng, *pairs.sizes[0], args.size))}
+        calls["step online"]()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        calls["step online"]()
+        memory = train_teacher.peak_memory(device) / 1024
+        times = evaluate.time_interleaved(list(calls.values()), device, seconds=8 if device.type == "cpu" else 3)
+        times += evaluate.time_interleaved(list(files.values()), device, seconds=2)
+    pieces = dict(zip((*calls, *files), times, strict=True))
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device.type}, {kind}, {str(amp_dtype(args.amp, device) or torch.float32).removeprefix('torch.')}, {args.batch_size} crops of "
+          f"{args.size}x{args.size}{', compiled' if args.compile else ''}, torch {torch.__version__}\n")
+    evaluate.print_columns([["piece", "median ms", "lowest", "highest"], *([piece, *(f"{v:.1f}" for v in row)] for piece, row in pieces.items())])
+    ms = {piece: median for piece, (median, _, _) in pieces.items()}
+    bare = sum(value for piece, value in ms.items() if piece.startswith("bare"))
     ratios = {"original / online": (ms["original step"] / ms["step online"], ">= 3.5"),
               "original / cached": (ms["original step"] / ms["step cached"], ">= 9"),
-              "online / bare pieces": (ms["step online"] / sum(value for piece, value in ms.items() if piece.startswith("bare")), "<= 1.05"),
+              "online / bare pieces": (ms["step online"] / bare, "<= 1.05"),
               "cached / student alone": (ms["step cached"] / ms["student alone"], "<= 1.25"),
               "augmentation, ms a pair": (ms["loader, a pair"] - ms["decode a pair"], "<= 8")}
-    print(f"\n{'ratio':24} {'here':>7}   aim")
-    for what, (value, aim) in ratios.items():
-        print(f"{what:24} {value:7.2f}   {aim}")
-    print(f"\npeak memory until a step online: {memory:.2f} GiB of {'the GPU (aim: 12 at 512x512, batch 8)' if device.type == 'cuda' else 'the process'}")
+    evaluate.print_columns([["ratio", "here", "aim"], *([what, f"{value:.2f}", aim] for what, (value, aim) in ratios.items())])
+    print(f"peak memory until a step online: {memory:.2f} GiB of {'the GPU (aim: 12 at 512x512, batch 8)' if device.type == 'cuda' else 'the process'}")
     return {**ms, **{what: value for what, (value, _) in ratios.items()}}
 
 

@@ -11,6 +11,7 @@ Letters: C classes, H W sides of a stored mask. Matrix rows are truth, columns p
 """
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -124,6 +125,13 @@ INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 LINES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207)]
 
 
+def round_ticks(low, high, most=5):
+    """At most `most` + 1 numbers of the kind 1, 2, 5, 10 between `low` and `high`."""
+    power = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(power * k for k in (1, 2, 5, 10) if (high - low) / (power * k) <= most)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
 def draw_panel(draw, box, title, series, colors):
     """One line chart: series is {name: [(x, y)]}, y None where there is no value."""
     left, top, right, bottom = box[0] + 64, box[1] + 34, box[2] - 190, box[3] - 30
@@ -133,15 +141,19 @@ def draw_panel(draw, box, title, series, colors):
         return
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0, *ys), max(max(ys), 1e-9)
-    for n in range(5):
-        y = bottom - n * (bottom - top) / 4
-        draw.line((left, y, right, y), GRID)
-        draw.text((left - 6, y), f"{y0 + n * (y1 - y0) / 4:.3g}", INK, font(13), anchor="rm")
-    for tick in sorted({x0 + round(n * (x1 - x0) / 5) for n in range(6)}):
-        draw.text((left + (tick - x0) / (x1 - x0) * (right - left), bottom + 6), str(tick), INK, font(13), anchor="ma")
+
+    def spot(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    for tick in round_ticks(y0, y1):
+        draw.line((left, spot(x0, tick)[1], right, spot(x0, tick)[1]), GRID)
+        draw.text((left - 6, spot(x0, tick)[1]), f"{tick:.3g}", INK, font(13), anchor="rm")
+    for tick in round_ticks(x0, x1):
+        if tick == int(tick):
+            draw.text((spot(tick, y0)[0], bottom + 6), f"{tick:.0f}", INK, font(13), anchor="ma")
+    draw.text((right + 12, bottom + 6), "epoch", INK, font(13))
     for n, (name, line) in enumerate(series.items()):
-        spots = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
-                 for x, y in line if y is not None]
+        spots = [spot(x, y) for x, y in line if y is not None]
         if len(spots) > 1:
             draw.line(spots, colors[n % len(colors)], 2)
         for x, y in spots if len(spots) < 60 else []:
@@ -160,7 +172,7 @@ def draw_curves(history, classes, parts):
     image = Image.new("RGB", (1400, 900), PAPER)
     draw = ImageDraw.Draw(image)
     by_class = {c["name"]: line(c["name"], lambda r, name: (r.get("val_iou") or {}).get(name)) for c in classes}
-    panels = [("loss and its parts, by epoch", {key: line(key) for key in ("loss", *parts)}, LINES),
+    panels = [("loss and its parts", {key: line(key) for key in ("loss", *parts)}, LINES),
               ("validation mIoU", {"mIoU": line("val_miou"), "pixel accuracy": line("val_pixel_accuracy")}, LINES),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
               ("alpha and learning rate / highest", {"alpha": line("alpha"), "lr": [
@@ -218,30 +230,29 @@ def save_picture(path, image):
 
 
 # ---------------------------------------------------------------------------------------------- the table
-def text(value, form):
-    return "n/a" if value is None else format(value, form)
+def print_columns(lines):
+    """Lists of cells: the first column to the left, the others to the right, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]).rstrip())
+    print()
 
 
 def print_table(rows, classes, sizes):
-    """The table of rows (see `main`), then IoU, precision and recall by class."""
-    width = max(8, *(len(row["name"]) for row in rows))
-    has_ensemble = any("agreement" in row for row in rows)
-    heads = ["params M", "GMACs", "mIoU", "present", "pixel acc"] + ["to ensemble", "agreement"] * has_ensemble + \
-        [f"{h}x{w}: ms (spread)  FPS" for h, w in sizes] + ["<50 ms", "MB"]
-    print(f"{'model':{width}}  " + "  ".join(f"{head:>9}" for head in heads))
-    for row in rows:
-        cells = [f"{row['params'] / 1e6:.1f}", text(row["gmacs"], ".1f"), f"{row['miou']:.4f}", f"{row['miou_present']:.4f}",
-                 f"{row['pixel_accuracy']:.4f}"]
-        if has_ensemble:
-            cells += [f"{row['to_ensemble']:+.4f}", f"{row['agreement']:.4f}"]
-        cells += [f"{s['ms']:.1f} ({s['lowest']:.1f}-{s['highest']:.1f})  {s['fps']:.1f}" for s in row["speed"]]
-        cells += ["yes" if all(s["ms"] < 50 for s in row["speed"]) else "no", f"{row['size'] / 1e6:.1f}"]
-        print(f"{row['name']:{width}}  " + "  ".join(f"{cell:>{max(9, len(head))}}" for cell, head in zip(cells, heads, strict=True)))
-    wide = max(len(c["name"]) for c in classes)
-    print(f"\n{'IoU / precision / recall':{max(wide, 24)}}  " + "  ".join(f"{row['name'][:22]:>22}" for row in rows))
-    for entry in classes:
-        cells = [" / ".join(text(row[key][entry["name"]], ".3f") for key in ("iou", "precision", "recall")) for row in rows]
-        print(f"{entry['name']:{max(wide, 24)}}  " + "  ".join(f"{cell:>22}" for cell in cells))
+    """The table of rows (see `main`): size and scores, speed, then IoU, precision and recall by class."""
+    forms = {"miou": ("mIoU", ".4f"), "miou_present": ("present", ".4f"), "pixel_accuracy": ("pixel acc", ".4f"),
+             "to_ensemble": ("to ensemble", "+.4f"), "agreement": ("agreement", ".4f")}
+    keys = [key for key in forms if key in rows[0]]
+    print_columns([["model", "params M", "GMACs", "MB", *(forms[key][0] for key in keys)]] + [
+        [row["name"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}", f"{row['size'] / 1e6:.1f}",
+         *(format(row[key], forms[key][1]) for key in keys)] for row in rows])
+    print_columns([["speed", *(head for h, w in sizes for head in (f"{h}x{w}: ms", "spread", "FPS")), "<50 ms"]] + [
+        [row["name"], *(cell for s in row["speed"] for cell in (f"{s['ms']:.1f}", f"{s['lowest']:.1f}-{s['highest']:.1f}", f"{s['fps']:.1f}")),
+         "yes" if all(s["ms"] < 50 for s in row["speed"]) else "no"] for row in rows])
+    print_columns([["IoU / precision / recall", *(row["name"] for row in rows)]] + [
+        [entry["name"], *("n/a" if row["iou"][entry["name"]] is None else
+                          " / ".join(f"{row[key][entry['name']]:.3f}" for key in ("iou", "precision", "recall")) for row in rows)]
+        for entry in classes])
 
 
 def add_model_flags(parser, arch=None):
@@ -293,9 +304,7 @@ def ensemble_weights(value, metas):
     return iou.where(iou.sum(0) > 0, 1.0)
 
 
-@command
-@torch.no_grad()
-def main(argv=()):
+def make_parser():
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python evaluate.py outputs/*.pth --ensemble --json scores.json")
     parser.add_argument("checkpoints", nargs="*", help="(default: the teachers and the student in outputs/)")
     data = add_data_flags(parser)
@@ -310,10 +319,11 @@ def main(argv=()):
     output.add_argument("--json", metavar="FILE", help="also write the table there")
     output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="pictures of the N lowest scores (0)")
     output.add_argument("--out", metavar="DIR", default="outputs", help="where pictures go (outputs)")
-    args = parser.parse_args(argv)
+    return parser
 
-    device = pick_device(args.device)
-    dtype = amp_dtype(args.amp, device)
+
+def open_inputs(args):
+    """(paths, [(network, meta)], the split) of the command line; all of one class table."""
     paths = args.checkpoints or found_checkpoints("outputs")
     if not paths:
         raise Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
@@ -326,14 +336,24 @@ def main(argv=()):
     pairs = Pairs(find_data(args.data), args.split, classes if args.classes else table, args.masks)
     if [c["name"] for c in pairs.classes] != [c["name"] for c in table]:
         raise Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
+    return paths, loaded, pairs
+
+
+@command
+@torch.no_grad()
+def main(argv=()):
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    dtype = amp_dtype(args.amp, device)
+    paths, loaded, pairs = open_inputs(args)
     print(pairs.describe())
     rows = build_rows(args, paths, loaded, pairs, device, dtype)
     score_rows(args, rows, pairs, dtype)
     sizes = measure_speed(rows, pairs, device, dtype)
-    print(f"speed: batch 1, {device.type}{' ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}, "
-          f"{str(dtype or torch.float32).removeprefix('torch.')}, {torch.get_num_threads()} threads, median of interleaved runs\n")
+    kind = f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"speed: batch 1, {kind}, {str(dtype or torch.float32).removeprefix('torch.')}, median of interleaved runs\n")
     print_table(rows, pairs.classes, sizes)
-    print(f"\npictures: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
+    print(f"pictures: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
         hidden = ("model", "matrix", "flip", "members", "input", "lowest")
         models = [{key: value for key, value in row.items() if key not in hidden} for row in rows]

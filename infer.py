@@ -45,7 +45,7 @@ from data import (
     whole_size,
     write_atomic,
 )
-from evaluate import add_model_flags, confusion, pick_device, summary, time_interleaved
+from evaluate import add_model_flags, confusion, pick_device, print_columns, summary, time_interleaved
 from models import amp_dtype, freeze, load_model, predict, translate
 
 
@@ -233,10 +233,10 @@ def compare(pairs, rows, height, width):
             full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
             matrices[name] += confusion(full, target, len(classes))
     times = time_interleaved([lambda labels=labels: labels(image) for labels, _ in rows.values()], torch.device("cpu"))
-    print(f"{pairs.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n"
-          f"{'':16} {'mIoU':>7} {'ms':>8} {'spread':>17} {'MB':>7}")
-    for (name, (_, size)), (median, low, high) in zip(rows.items(), times, strict=True):
-        print(f"{name:16} {summary(matrices[name], classes)['miou']:7.4f} {median:8.1f} {f'{low:.1f}-{high:.1f}':>17} {size / 1e6:7.1f}")
+    print(f"{pairs.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n")
+    print_columns([["network", "mIoU", "ms", "spread", "MB"]] + [
+        [name, f"{summary(matrices[name], classes)['miou']:.4f}", f"{median:.1f}", f"{low:.1f}-{high:.1f}", f"{size / 1e6:.1f}"]
+        for (name, (_, size)), (median, low, high) in zip(rows.items(), times, strict=True)])
 
 
 def parse_shape(value):

@@ -1,6 +1,6 @@
 """The networks, their checkpoints, the ensemble, and predict(): the one way from a picture to labels.
 
-    model = build("segformer-b1", classes); z = logits(model, x)        # (B, C, h, w) at stride 4
+    model = build("segformer-b1", classes); z = model(x)                # (B, 3, H, W) -> (B, C, h, w) logits at stride 4
     model, meta = load_model("outputs/best_student.pth")                # rebuilt from the checkpoint alone
 
 At 512x512 with ten classes: SegFormer-B1 13.7 M parameters and 11.0 GMACs (15.3 as transformers writes it),
@@ -99,11 +99,6 @@ class SegFormer(SegformerForSemanticSegmentation):
             pairs = [(piece, linear.proj) for piece, linear in zip(slices, linears, strict=True)]
             weights = [(piece @ proj.weight)[..., None, None] for piece, proj in pairs]
             return weights, torch.stack([piece @ proj.bias for piece, proj in pairs]).sum(0)
-
-
-def logits(model, x):
-    """(B, 3, H, W) normalised pictures -> (B, C, h, w) logits at stride 4, for every network here."""
-    return model(x)
 
 
 def full_name(arch):
@@ -364,7 +359,7 @@ class Ensemble(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) -> (B, C, h, w) float32."""
-        return self.combine([logits(model, x).float() for model in self.models])
+        return self.combine([model(x).float() for model in self.models])
 
     def combine(self, zs):
         """K maps of logits, aligned to the first one's size -> their weighted mean."""
@@ -387,8 +382,8 @@ def scores(model, image, dtype=None, flip=False):
     `flip`: the mean over the picture and its mirror image."""
     x = normalize(image.to(next(model.parameters()).device, non_blocking=True))
     with autocast(x.device, dtype):
-        z = logits(model, x).float()
-        return (z + logits(model, x.flip(3)).float().flip(3)) / 2 if flip else z
+        z = model(x).float()
+        return (z + model(x.flip(3)).float().flip(3)) / 2 if flip else z
 
 
 def upsampled_labels(z, size):

@@ -10,6 +10,7 @@ resumed run ends with the bits of the uninterrupted one (CPU, same thread count)
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -176,6 +178,7 @@ def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, extras=Non
     forward = model
     if world.size > 1:
         gpu = world.device.type == "cuda"
+        warnings.filterwarnings("ignore", "Grad strides do not match")               # of 1x1 convolutions, for which both orders are one
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
         forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
         for parameter in extras.parameters() if extras is not None else ():
@@ -279,22 +282,14 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     step, history, best, sums = 0, [], -1.0, {}
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
     if state:
-        model.load_state_dict(state["model_state_dict"])
-        kept = state["training"]
-        step, history, best, header = kept["step"], kept["history"], kept["best"], kept["header"]
-        if kept["sums"]:
-            values = kept["sums"]["values"].to(device)
-            sums = {"names": kept["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
-        if kept["done"] and not (out / f"{name}.pth").exists():
-            raise Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
-        if kept["done"]:
+        step, history, best, header = (state["training"][key] for key in ("step", "history", "best", "header"))
+        sums = restore(job, state, extras)
+        if state["training"]["done"]:
+            if not (out / f"{name}.pth").exists():
+                raise Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
             write_log(world, out / f"{name}.jsonl", header, history)
             world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
             return model.eval(), history
-        optimizer.load_state_dict(kept["optimizer"])
-        scaler.load_state_dict(kept["scaler"])
-        if extras is not None:
-            extras.load_state_dict(kept["extras"])
         world.say(f"{name}: goes on after step {step} of {total}")
     else:
         world.say(f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
@@ -323,9 +318,10 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         if world.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        numbers = Stoppable(range(world.rank, len(val), world.size), signals if world.size == 1 else None)
+        alone = world.size == 1                               # several processes agree at the loop's head instead
+        numbers = itertools.takewhile(lambda n: not (alone and signals.number), range(world.rank, len(val), world.size))
         matrix = evaluate(frozen_copy(model, arch, dtype), val, args.size, dtype, args.workers, numbers)
-        return None if numbers.stopped else summary(matrix, val.classes)
+        return None if alone and signals.number else summary(matrix, val.classes)
 
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -385,23 +381,6 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     return model.eval(), history
 
 
-class Stoppable:
-    """Numbers, in order, until a signal arrives."""
-
-    def __init__(self, numbers, signals):
-        self.numbers, self.signals, self.stopped = numbers, signals, False
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __iter__(self):
-        for n in self.numbers:
-            self.stopped = bool(self.signals and self.signals.number)
-            if self.stopped:
-                return
-            yield n
-
-
 # ---------------------------------------------------------------------------------------------- what can go wrong
 def check_batch(args, arch, pairs, world, per_epoch):
     if arch == "deeplab" and args.batch_size < 2:
@@ -449,6 +428,21 @@ def find_state(path, best, who, overwrite):
                           f"now {str(who.get(key))[:40]})" for key in other)
         raise Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
+
+
+def restore(job, state, extras):
+    """Puts a state's weights, moments and scaler back; returns its sums, which only the first process holds."""
+    kept, world = state["training"], job.world
+    job.model.load_state_dict(state["model_state_dict"])
+    if not kept["done"]:
+        job.optimizer.load_state_dict(kept["optimizer"])
+        job.scaler.load_state_dict(kept["scaler"])
+        if extras is not None:
+            extras.load_state_dict(kept["extras"])
+    if not kept["sums"]:
+        return {}
+    values = kept["sums"]["values"].to(world.device)
+    return {"names": kept["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -521,7 +515,7 @@ def report(world, out, name, header, history, classes, bar):
     write_log(world, out / f"{name}.jsonl", header, history)
     if world.rank == 0:
         last = history[-1]
-        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last]
+        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last and last[key] != last["loss"]]
         curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
         save_picture(out / curves, draw_curves(history, classes, parts))
         figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
