@@ -132,15 +132,16 @@ def load_classes(path=None):
 
 
 def check_classes(table, where):
-    """Returns a class table unchanged, or raises a Fault that says what is wrong with it."""
+    """A class table's entries with the three keys alone; a Fault says what is wrong with it."""
     if not isinstance(table, list) or not 2 <= len(table) <= 255:
         raise Fault(f"{where}: holds {len(table) if isinstance(table, list) else 'no list'}; it must be a list of 2 to 255 classes")
     for n, entry in enumerate(table):
         if not isinstance(entry, dict) or not {"name", "id", "color"} <= set(entry):
             raise Fault(f'{where}: entry {n} is {str(entry)[:60]}; each entry needs "name", "id" and "color"')
-        if not isinstance(entry["name"], str) or not entry["name"].strip() or not entry["name"].isprintable() or type(entry["id"]) is not int or not 0 <= entry["id"] <= 65535:
-            raise Fault(f"{where}: entry {n} has name {entry['name']!r} and id {entry['id']!r}; a name is one line of text, an id a number in 0..65535")
-        color = entry["color"]
+        name, label, color = entry["name"], entry["id"], entry["color"]
+        named = isinstance(name, str) and name.strip() and name.isprintable()
+        if not named or type(label) is not int or not 0 <= label <= 65535:
+            raise Fault(f"{where}: entry {n} has name {name!r} and id {label!r}; a name is one line of text, an id a number in 0..65535")
         if not (isinstance(color, list) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)):
             raise Fault(f"{where}: entry {n} has color {color!r}; a color is three numbers in 0..255")
     for key in ("name", "id"):
@@ -149,6 +150,10 @@ def check_classes(table, where):
         if twice is not None:
             raise Fault(f"{where}: {key} {twice!r} occurs twice; every {key} must be unique")
     return [{key: entry[key] for key in ("name", "id", "color")} for entry in table]
+
+
+def class_names(classes):
+    return [entry["name"] for entry in classes]
 
 
 # ---------------------------------------------------------------------------------------------- finding pairs
@@ -292,6 +297,10 @@ def write_atomic(path, write):
                     "place, what was there before is untouched", status=1) from None
 
 
+def save_picture(path, image):
+    write_atomic(path, lambda file: image.save(file, "PNG"))
+
+
 # ---------------------------------------------------------------------------------------------- what masks hold
 def copies_in_8_bit(classes):
     """{how: {id: value}} of what becomes of the table's ids in an 8-bit copy of a 16-bit mask."""
@@ -311,25 +320,25 @@ def mask_form(values, names, classes, flag=None):
     union = set().union(*values)
     for how, copy in copies_in_8_bit(classes).items():
         copied = set(copy.values())
-        for mine, name in [(union, names[0])] + list(zip(values, names, strict=True)) * (flag is None):
+        for mine, name in [(union, names[0]), *([] if flag else zip(values, names, strict=True))]:
             if mine <= copied and not mine <= ids and not mine <= indices:
                 strange = sorted(mine - ids)
                 raise Fault(f"{name}: label {strange[0]} is no known id; the file looks like an 8-bit copy of a 16-bit mask "
                             f"({how}). Export it again with its depth unchanged")
-    fits = {"ids": union <= ids, "indices": union <= indices}
     if flag is not None:
-        fits = {"ids": flag == "ids", "indices": flag == "indices"}
-    elif fits["ids"] and fits["indices"]:
-        if any(classes[v]["id"] != v for v in union if v < len(classes)):
-            raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; say --masks ids or --masks indices")
-        return "ids"
-    elif not fits["ids"] and not fits["indices"]:
+        form = flag
+    elif not union <= indices:                                # raw ids, perhaps with some that the table does not know
+        form = "ids"
         as_index = [n for n, v in enumerate(values) if v <= indices and not v <= ids | {IGNORE}]
         as_id = [n for n, v in enumerate(values) if v & (ids - indices)]
         if as_index and as_id:
             raise Fault(f"{names[as_index[0]]}: holds class indices where {Path(names[as_id[0]]).name} holds raw ids; a split must not mix them")
-        fits = {"ids": True, "indices": False}                # with ids that the table does not know
-    form = "ids" if fits["ids"] else "indices"
+    elif not union <= ids:
+        form = "indices"
+    else:
+        form = "ids"
+        if any(classes[v]["id"] != v for v in union if v < len(classes)):
+            raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; say --masks ids or --masks indices")
     if not union & (ids if form == "ids" else indices - {IGNORE}):
         raise Fault(f"{names[0]}: labels {sorted(union)[:8]} are in no class table entry; name the right table with --classes FILE")
     return form
@@ -381,29 +390,29 @@ class Pairs:
             lines.append(f"{self.split}: {len(self.unknown)} labels outside the class table are ignored: {seen}")
         return "\n".join(lines)
 
-    def get_raw_mask(self, n):
-        """The n-th mask as class indices at its stored size, not augmented: (H, W) uint8."""
-        return self.table[read_mask(self.pairs[n][1])]
+    def read(self, n, shrink=1):
+        """The n-th pair, not augmented: (PIL RGB, see read_image for `shrink`; (H, W) uint8 class indices at the stored size)."""
+        return read_image(self.pairs[n][0], shrink), self.table[read_mask(self.pairs[n][1])]
 
     def crop(self, n, size, matrix):
         """The n-th pair under `matrix` (2, 3), see draw_affine: uint8 (3, S, S) picture, (S, S) mask."""
         width, height = self.sizes[n]
         shrink = np.sqrt(abs(np.linalg.det(matrix[:, :2])))   # source pixels a target pixel
-        image = read_image(self.pairs[n][0], int(shrink))
+        image, mask = self.read(n, int(shrink))
         factor = max(1, round(shrink * image.width / width))  # an affine map does not smooth, so shrink beforehand
         if factor > 1:
             image = image.reduce(factor)
         scale = np.array([[image.width / width], [image.height / height]])
         image = image.transform((size, size), Image.Transform.AFFINE, tuple((matrix * scale).ravel()),
                                 Image.Resampling.BILINEAR, fillcolor=tuple(round(255 * m) for m in MEAN))
-        mask = Image.fromarray(self.get_raw_mask(n)).transform((size, size), Image.Transform.AFFINE, tuple(matrix.ravel()),
-                                                               Image.Resampling.NEAREST, fillcolor=IGNORE)
+        mask = Image.fromarray(mask).transform((size, size), Image.Transform.AFFINE, tuple(matrix.ravel()),
+                                               Image.Resampling.NEAREST, fillcolor=IGNORE)
         return to_tensor(image), torch.from_numpy(np.array(mask))
 
 
 def to_tensor(image):
     """PIL RGB -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def whole_size(width, height, size):
@@ -413,8 +422,13 @@ def whole_size(width, height, size):
 
 
 def whole_image(image, size):
-    """PIL RGB -> uint8 (1, 3, h, w) at scale 1, smoothed: what networks see in validation and inference."""
-    return to_tensor(image.resize(whole_size(*image.size, size), Image.Resampling.BILINEAR))[None]
+    """PIL RGB -> uint8 (1, 3, h, w) at scale 1: what networks see in validation and inference."""
+    return resized_image(image, *whole_size(*image.size, size))
+
+
+def resized_image(image, width, height):
+    """PIL RGB -> uint8 (1, 3, height, width), smoothed where it shrinks."""
+    return to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))[None]
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
@@ -499,8 +513,9 @@ class Crops(Dataset):
         return image, mask, torch.from_numpy(matrix).float(), torch.from_numpy(jitter).float(), torch.tensor(n)
 
 
-class Wholes(Dataset):
-    """Whole pictures as validation sees them, by number: (n, a uint8 (1, 3, h, w) for each of `sizes`, mask as stored)."""
+class WholeImages(Dataset):
+    """Whole pictures as validation sees them, by number: (n, a uint8 (1, 3, h, w) for each of `sizes`, (H, W) class
+    indices at the mask's stored size)."""
 
     def __init__(self, pairs, sizes):
         self.pairs, self.sizes = pairs, sizes
@@ -510,13 +525,13 @@ class Wholes(Dataset):
 
     def __getitem__(self, n):
         try:
-            image = read_image(self.pairs.pairs[n][0])
-            return n, [whole_image(image, size) for size in self.sizes], torch.from_numpy(self.pairs.get_raw_mask(n))
+            image, mask = self.pairs.read(n)
+            return n, [whole_image(image, size) for size in self.sizes], torch.from_numpy(mask)
         except Fault as fault:
             return fault
 
 
-class Order:
+class BatchSampler:
     """Which pairs make up which batch: lists of (epoch, position, pair) from step `start` to `stop`.
 
     Each epoch is a new permutation (or, with `odds` (N,), a draw with replacement) from (seed, epoch); the last
@@ -552,10 +567,6 @@ def collate(samples):
     return fault or Batch(*map(torch.stack, zip(*samples, strict=True)))
 
 
-def only(samples):
-    return samples[0]
-
-
 def quiet_worker(_):
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the main process decides what they mean."""
     for which in (signal.SIGINT, signal.SIGTERM):
@@ -563,9 +574,8 @@ def quiet_worker(_):
 
 
 def loader(dataset, workers, pin, batches=None):
-    """A DataLoader over `batches` (an Order), or over single samples in order. Faults of workers are raised here."""
-    kind = {"batch_sampler": batches, "collate_fn": collate} if isinstance(batches, Order) else \
-        {"sampler": batches, "batch_size": 1, "collate_fn": only}
+    """A DataLoader over `batches` (a BatchSampler), or over single samples by number. Faults of workers are raised here."""
+    kind = {"batch_sampler": batches, "collate_fn": collate} if isinstance(batches, BatchSampler) else {"sampler": batches, "batch_size": None}
     load = DataLoader(dataset, num_workers=workers, pin_memory=pin, worker_init_fn=quiet_worker,
                       generator=torch.Generator().manual_seed(0), **kind)
     try:
@@ -595,12 +605,12 @@ def class_weights(counts, mode="median"):
     return (weights.sqrt() if mode == "sqrt" else weights).float()
 
 
-def rare_odds(counts, temperature=0.1):
-    """(N,) odds of drawing each picture: first a class with odds exp((1 - its share) / temperature), then one of
-    the pictures that hold it (rare class sampling, DAFormer, Hoyer et al. 2022, section 3.3)."""
+def sampling_weights(counts):
+    """(N,) odds of drawing each picture: first a class with odds exp((1 - its share) / 0.1), then one of the pictures
+    that hold it (rare class sampling, DAFormer, Hoyer et al. 2022, section 3.3, and its temperature)."""
     share = counts.sum(0).double() / counts.sum().clamp(min=1)
     holds = (counts > 0).double()                                                    # (N, C)
-    odds = ((1 - share) / temperature).softmax(0) * (holds.sum(0) > 0)
+    odds = ((1 - share) / 0.1).softmax(0) * (holds.sum(0) > 0)
     return (holds / holds.sum(0).clamp(min=1)) @ odds + 1e-12
 
 
@@ -619,8 +629,7 @@ def index_picture(labels, classes):
     return image
 
 
-def font(size):
-    return ImageFont.load_default(size)
+font = ImageFont.load_default                                 # font(size in pixels)
 
 
 def overlay(image, labels, classes, legend=True):
@@ -643,18 +652,18 @@ def overlay(image, labels, classes, legend=True):
     return mixed
 
 
-def augmented_sheet(pairs, size, rows=4, columns=6):
+def augmented_sheet(pairs, size):
     """Random training crops, each beside its labels laid over it: a person sees whether labels fit."""
-    sheet, crops = Image.new("RGB", (columns * size, rows * size)), Crops(pairs, size, seed=0)
+    rows, columns = 4, 6
+    sheet, rng = Image.new("RGB", (columns * size, rows * size)), np.random.default_rng(0)
     for n in range(rows * columns // 2):
-        sample = crops[0, n, n * len(pairs) // (rows * columns // 2) % len(pairs)]
-        if isinstance(sample, Fault):
-            raise sample
-        jittered = color_jitter(sample[0][None].float() / 255, sample[3][None])[0]
+        pair = n * len(pairs) // (rows * columns // 2) % len(pairs)
+        image, mask = pairs.crop(pair, size, draw_affine(rng, *pairs.sizes[pair], size))
+        jittered = color_jitter(image[None].float() / 255, torch.from_numpy(draw_jitter(rng))[None])[0]
         picture = Image.fromarray((jittered * 255).byte().permute(1, 2, 0).numpy())
         x, y = 2 * n % columns * size, 2 * n // columns * size
         sheet.paste(picture, (x, y))
-        sheet.paste(overlay(picture, sample[1].numpy(), pairs.classes, legend=False), (x + size, y))
+        sheet.paste(overlay(picture, mask.numpy(), pairs.classes, legend=False), (x + size, y))
     return sheet
 
 
@@ -662,8 +671,7 @@ def augmented_sheet(pairs, size, rows=4, columns=6):
 def draw_scene(seed, width=960, height=540):
     """A made-up desert scene with all ten classes: (PIL RGB, (H, W) uint16 raw ids of the desert table)."""
     rng = np.random.default_rng(seed)
-    image, mask = Image.new("RGB", (width, height)), Image.new("I;16", (width, height), 10000)
-    labels = Image.new("L", (width, height), 9)
+    image, labels = Image.new("RGB", (width, height)), Image.new("L", (width, height), 9)
     pens = ImageDraw.Draw(image), ImageDraw.Draw(labels)
     unit = height / 540
 
@@ -700,8 +708,7 @@ def draw_scene(seed, width=960, height=540):
         put("ellipse", 0, (x - s * 0.6, y - 2 * s, x + s * 0.6, y - 0.7 * s), (30, 100, 38))
     noisy = np.asarray(image) + rng.normal(0, 9, (height, width, 3))
     ids = np.array([entry["id"] for entry in DESERT], np.uint16)
-    mask = ids[np.asarray(labels)]
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), mask
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), ids[np.asarray(labels)]
 
 
 def write_scenes(root, train=32, val=8, width=960, height=540):
@@ -738,7 +745,7 @@ def main(argv=()):
                   + ("" if present else "   no pixel of it: its score will be n/a"))
         if split == splits[0]:
             path = Path(args.out) / "augmented.png"
-            write_atomic(path, lambda file, p=pairs: augmented_sheet(p, min(args.size, 256)).save(file, "PNG"))
+            save_picture(path, augmented_sheet(pairs, min(args.size, 256)))
             print(f"  look at {path}: crops as the networks see them, beside their labels")
 
 

@@ -12,6 +12,7 @@ In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
 Letters: B batch, C classes, S crop side, K teachers, h w = a map's sides at stride 4.
 """
 import copy
+import hashlib
 import json
 import shutil
 import sys
@@ -35,7 +36,8 @@ from data import (
     Fault,
     Pairs,
     Parser,
-    Wholes,
+    WholeImages,
+    class_names,
     class_weights,
     collate,
     command,
@@ -47,6 +49,7 @@ from data import (
     progress,
     read_image,
     read_mask,
+    save_picture,
     to_device,
     whole_image,
     whole_size,
@@ -54,10 +57,10 @@ from data import (
     write_scenes,
 )
 from losses import attention_loss, channel_loss, feature_loss, hard_loss, ramp, soft_loss
-from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, old_key, predict, scores
-from train_teacher import file_digest, fit, open_data, processes
+from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, logits, old_key, predict
+from train_teacher import fit, open_data, processes
 
-TEACHERS = ("deep_lab.pth", "best_model.pth")
+TEACHERS = [f"{name}.pth" for name in evaluate.NAMES.values()]
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -97,26 +100,22 @@ def make_parser():
 
 
 # ---------------------------------------------------------------------------------------------- teachers
-class Teachers(nn.Module):
-    """The frozen teachers: eval mode, no gradients, BatchNorm folded, all in one forward without a graph."""
+def needs_teachers(args):
+    """Whether any term of the teachers' counts; where none does, they are not even loaded."""
+    return bool(args.feature or args.attention) or (max(parse_alpha(args.alpha)) > 0 and bool(args.kl or args.cwd))
 
-    def __init__(self, models, weights, average):
-        super().__init__()
-        self.ensemble = Ensemble(models, weights, average)
 
-    @torch.no_grad()
-    def forward(self, x, features=False):
-        """(B, 3, S, S) -> ((B, C, S/4, S/4) logits of the ensemble, K lists of stages, empty unless asked for)."""
-        answers = [model(x, features=True) if features else (model(x), []) for model in self.ensemble.models]
-        return self.ensemble.combine([z.float() for z, _ in answers]), [stages for _, stages in answers]
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_teachers(args, classes):
-    """[(network, meta)] of --teachers, or of the two that train_teacher.py writes to --out."""
+    """(paths, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
     paths = args.teachers or [Path(args.out) / name for name in TEACHERS]
     loaded = [load_model(path) for path in paths]
     for path, (_, meta) in zip(paths, loaded, strict=True):
-        if [c["name"] for c in meta["classes"]] != [c["name"] for c in classes]:
+        if class_names(meta["classes"]) != class_names(classes):
             raise Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes or train it again")
     return paths, loaded
 
@@ -157,9 +156,10 @@ def make_loss(args, class_weight, teach=None, adapters=None):
     """The distillation loss as fit() takes it. teach(batch) -> (teachers' logits, K lists of their stages), or None."""
     start, end = parse_alpha(args.alpha)
 
+    wants_stages = bool(args.feature or args.attention)
+
     def loss(forward, batch, fraction):
         alpha = ramp(start, end, fraction)
-        wants_stages = bool(args.feature or args.attention)
         z, stages = forward(batch.image, features=True) if wants_stages else (forward(batch.image), [])
         hard = hard_loss(z, batch.mask, class_weight, batch.weight_sum)
         total, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
@@ -192,7 +192,7 @@ class Cache:
     another file. Teachers see the whole clean picture here, not the jittered crop."""
 
     def __init__(self, folder, key, pairs, size):
-        self.folder, self.key, self.pairs = Path(folder), json.loads(json.dumps(key)), pairs
+        self.folder, self.key, self.pairs = Path(folder), train_teacher.plain(key), pairs
         classes = len(pairs.classes)
         self.shapes = [(classes, h // 4, w // 4) for w, h in (whole_size(*s, size) for s in pairs.sizes)]
         self.starts = np.cumsum([0] + [int(np.prod(shape)) for shape in self.shapes])
@@ -234,14 +234,14 @@ class Cache:
         todo = self.open(world)
         mine = todo[world.rank::world.size]
         if mine:
-            images = loader(Wholes(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
+            images = loader(WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
             for n, (n_pair, (image,), _) in enumerate(progress(images, "teachers", total=len(mine))):
                 if n == 0:
                     start = time.perf_counter()               # the first picture takes longer, and waits for the workers
                 if n == 1:
                     world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} pictures, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
                               f"about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
-                z = scores(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
+                z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
                 self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
                 self.done[n_pair] = 1
             self.values.flush()
@@ -249,11 +249,11 @@ class Cache:
             dist.barrier(world.control)
 
     @torch.no_grad()
-    def crops(self, batch, size):
+    def crops(self, batch):
         """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the picture
         repeat its border; the mask ignores them."""
         device, index = batch.image.device, batch.pair.tolist()
-        at = (torch.arange(size // 4, device=device) + 0.5) * 4
+        at = (torch.arange(self.size // 4, device=device) + 0.5) * 4
         y, x = torch.meshgrid(at, at, indexing="ij")
         centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
         places = (batch.matrix[:, None, None] * centres[..., None, :]).sum(-1)       # (B, h, w, 2) picture coordinates
@@ -264,65 +264,67 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------- the run
-def teaching(args, world, classes, train, student):
-    """(teach as make_loss takes it, adapters, identity of the teachers) of a run; loads teachers only where they count."""
-    wants_stages = bool(args.feature or args.attention)
-    wants_teachers = wants_stages or (max(parse_alpha(args.alpha)) > 0 and (args.kl or args.cwd))
-    if not wants_teachers and args.init != "teacher":
-        return None, None, ()
-    if args.cache_teachers and wants_stages:
-        raise Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, leave it out")
-    dtype = amp_dtype(args.amp, world.device)
-    paths, loaded = load_teachers(args, classes)
-    weights = evaluate.ensemble_weights(None if args.teacher_weights == "equal" else args.teacher_weights, [meta for _, meta in loaded])
-    identity = [("teachers", [file_digest(path) for path in paths])]
-    if args.init == "teacher":
-        start_from_teacher(student, [model for model, _ in loaded])
-    if not wants_teachers:
-        return None, None, identity
+def make_teach(args, world, train, student, paths, loaded):
+    """(teach as make_loss takes it, adapters or None) for loaded teachers."""
+    dtype, stages = amp_dtype(args.amp, world.device), bool(args.feature or args.attention)
+    weights = evaluate.ensemble_weights(args.teacher_weights, [meta for _, meta in loaded])
     adapters = make_adapters(student, [model for model, _ in loaded]) if args.feature else None
     frozen = [freeze(model.to(world.device), meta["arch"], dtype) for model, meta in loaded]
+    ensemble = Ensemble(frozen, weights, args.average).to(world.device)
     if not args.cache_teachers:
-        teachers = Teachers(frozen, weights, args.average).to(world.device)
-        answer = torch.compile(teachers) if args.compile else teachers
-        return lambda batch: answer(batch.image, features=wants_stages), adapters, identity
-    key = {"teachers": identity[0][1], "weights": weights.tolist(), "average": args.average, "data": train.digest, "size": args.size,
-           "pictures": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs], "precision": str(dtype), "format": 1}
+        answer = torch.compile(ensemble) if args.compile else ensemble
+        return lambda batch: answer(batch.image, features=True) if stages else (answer(batch.image), []), adapters
+    key = {"teachers": [file_digest(path) for path in paths], "weights": weights.tolist(), "average": args.average, "data": train.digest,
+           "size": args.size, "pictures": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
+           "precision": str(dtype), "format": 1}
     cache = Cache(args.out, key, train, args.size)
-    cache.build(Ensemble(frozen, weights, args.average).to(world.device), world, dtype, args.workers)
-    return lambda batch: (cache.crops(batch, args.size), []), None, identity
+    cache.build(ensemble, world, dtype, args.workers)
+    return lambda batch: (cache.crops(batch), []), adapters
+
+
+def check_flags(args):
+    """What argparse cannot see, before anything is read."""
+    parse_alpha(args.alpha)
+    if args.teacher_weights not in ("equal", "auto"):
+        evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
+    if args.cache_teachers and (args.feature or args.attention):
+        raise Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, leave it out")
+    if args.bench and (args.feature or args.attention):
+        raise Fault("--bench times the logit signals; leave --feature and --attention out")
 
 
 @command
 def main(argv=()):
     args = make_parser().parse_args(argv)
     args.arch = full_name(args.arch)
+    check_flags(args)
     if args.demo:
-        return demo(args, argv)
+        return demo(args)
     if args.bench:
         return bench(args)
-    parse_alpha(args.alpha)
-    if args.teacher_weights not in ("equal", "auto"):
-        evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
     classes = load_classes(args.classes)
     with processes(args.device) as world:
         train, val = open_data(args, world, classes)
         class_weight = class_weights(train.counts, args.class_weights).to(world.device)
         torch.manual_seed(args.seed)
         student = build(args.arch, classes, "random" if args.init == "teacher" else args.init)
-        teach, adapters, identity = teaching(args, world, classes, train, student)
+        paths, loaded = load_teachers(args, classes) if needs_teachers(args) or args.init == "teacher" else ([], [])
+        identity = {"teachers": [file_digest(path) for path in paths]} if paths else {}
+        if args.init == "teacher":
+            start_from_teacher(student, [model for model, _ in loaded])
+        teach, adapters = make_teach(args, world, train, student, paths, loaded) if needs_teachers(args) else (None, None)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         return fit(student, args.arch, name, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight,
                    adapters, identity)
 
 
 # ---------------------------------------------------------------------------------------------- the demo
-def demo(args, argv):
+def demo(args):
     """Scenes, both teachers, the student, the comparison and an overlay, offline and small."""
-    out = Path("outputs/demo" if "--out" not in argv else args.out)
+    out = Path("outputs/demo" if args.out == "outputs" else args.out)
     steps = args.steps or 60
     print(f"demo: draws 40 desert scenes, trains DeepLabV3+ and SegFormer-B3 for {steps} steps each at 96 pixels, distils SegFormer-B1,\n"
-          f"compares the three and labels a scene; under five minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
+          f"compares the three and labels a scene; about three minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
           "the scenes are drawn and the networks start from random weights.", flush=True)
     if not (out / "data").is_dir():
         write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
@@ -338,7 +340,7 @@ def demo(args, argv):
     picture = min((out / "data" / "val" / "Color_Images").iterdir())
     image, (model, meta) = read_image(picture), load_model(checkpoints[-1])
     labels = predict(model, whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
-    evaluate.save_picture(out / "overlay.png", overlay(image, labels, meta["classes"]))
+    save_picture(out / "overlay.png", overlay(image, labels, meta["classes"]))
     print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
     return student, history
 
@@ -379,11 +381,11 @@ def bench_pieces(args, world, pairs, folder):
     batch: Batch = collate([crops[0, n, n] for n in range(args.batch_size)])
     ready, class_weight = to_device(batch, device), class_weights(pairs.counts).to(device)
     frozen = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
-    teachers = Teachers(list(frozen.values()), torch.ones(2), args.average).to(device)
+    teachers = Ensemble(list(frozen.values()), torch.ones(2), args.average).to(device)
     compiled = torch.compile if args.compile else lambda network: network
     answer, bare = compiled(teachers), {arch: compiled(network) for arch, network in frozen.items()}
     cache = Cache(folder, {"bench": 0}, pairs, args.size)
-    cache.build(teachers.ensemble, world, dtype, 0)
+    cache.build(teachers, world, dtype, 0)
 
     def student(teach):
         return train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", make_loss(args, class_weight, teach), class_weight,
@@ -397,7 +399,7 @@ def bench_pieces(args, world, pairs, folder):
         with torch.no_grad(), autocast(device, dtype):
             return network(ready.image)
 
-    job, fixed = student(None), bare_teacher(teachers)[0]
+    job, fixed = student(None), bare_teacher(teachers)
 
     def bare_student():
         with autocast(device, dtype):
@@ -408,7 +410,7 @@ def bench_pieces(args, world, pairs, folder):
         job.scaler.update()
         job.optimizer.zero_grad(set_to_none=True)
 
-    return {"step online": whole_step(lambda b: answer(b.image)), "step cached": whole_step(lambda b: (cache.crops(b, args.size), [])),
+    return {"step online": whole_step(lambda b: (answer(b.image), [])), "step cached": whole_step(lambda b: (cache.crops(b), [])),
             "student alone": whole_step(None), "bare student": bare_student,
             **{f"bare {arch}": lambda network=network: bare_teacher(network) for arch, network in bare.items()},
             "original step": original_step(device, dtype, ready, class_weight, classes)}
@@ -432,9 +434,8 @@ def bench(args):
         times = evaluate.time_interleaved(list(calls.values()), device, seconds=8 if device.type == "cpu" else 3)
         times += evaluate.time_interleaved(list(files.values()), device, seconds=2)
     pieces = dict(zip((*calls, *files), times, strict=True))
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type}, {kind}, {str(amp_dtype(args.amp, device) or torch.float32).removeprefix('torch.')}, {args.batch_size} crops of "
-          f"{args.size}x{args.size}{', compiled' if args.compile else ''}, torch {torch.__version__}\n")
+    print(f"{evaluate.describe_device(device, amp_dtype(args.amp, device))}, {args.batch_size} crops of {args.size}x{args.size}"
+          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n")
     evaluate.print_columns([["piece", "median ms", "lowest", "highest"], *([piece, *(f"{v:.1f}" for v in row)] for piece, row in pieces.items())])
     ms = {piece: median for piece, (median, _, _) in pieces.items()}
     bare = sum(value for piece, value in ms.items() if piece.startswith("bare"))

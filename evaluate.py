@@ -28,8 +28,9 @@ from data import (
     Fault,
     Pairs,
     Parser,
-    Wholes,
+    WholeImages,
     add_data_flags,
+    class_names,
     command,
     cores,
     find_data,
@@ -39,21 +40,22 @@ from data import (
     number,
     overlay,
     progress,
-    read_image,
+    save_picture,
     side,
     whole_size,
     write_atomic,
 )
-from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict, scores, upsampled_labels
+from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict
 
 NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
 
 
 # ---------------------------------------------------------------------------------------------- scores
-def confusion(labels, target, classes):
+def confusion(labels, target, num_classes):
     """(H, W) predicted and true indices -> (C, C) int64 pixel counts; pixels whose truth is 255 do not count."""
     keep = target != IGNORE
-    return torch.bincount(target[keep].long() * classes + labels[keep].long(), minlength=classes**2).view(classes, classes)
+    counts = torch.bincount(target[keep].long() * num_classes + labels[keep].long(), minlength=num_classes**2)
+    return counts.view(num_classes, num_classes)
 
 
 def summary(matrix, classes):
@@ -69,23 +71,26 @@ def summary(matrix, classes):
             "pixel_accuracy": float(hit.sum() / m.sum().clamp(min=1)), **table}
 
 
-def evaluate(model, pairs, size, dtype=None, workers=0, numbers=None):
-    """The (C, C) confusion matrix of a network over a split, summed over processes if there are several.
+def label_split(networks, pairs, dtype=None, workers=0, numbers=None):
+    """Yields (n, (H, W) truth, [(H, W) labels of each network]) of a split, on the networks' device.
 
-    `numbers`: which pairs this process looks at (all by default)."""
+    networks: [(frozen network, size of its pictures, whether to add the mirrored one)]. `numbers`: which pairs (all by default)."""
+    device = next(networks[0][0].parameters()).device
+    sizes = sorted({size for _, size, _ in networks})
+    images_of = loader(WholeImages(pairs, sizes), workers, device.type == "cuda", range(len(pairs)) if numbers is None else numbers)
+    for n, images, target in images_of:
+        yield n, target.to(device), [predict(model, images[sizes.index(size)], target.shape, dtype, flip)[0] for model, size, flip in networks]
+
+
+def evaluate(model, pairs, size, dtype=None, workers=0, numbers=None):
+    """The (C, C) confusion matrix of a frozen network over a split, summed over processes if there are several."""
     classes = len(pairs.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=next(model.parameters()).device)
-    images = loader(Wholes(pairs, [size]), workers, matrix.is_cuda, range(len(pairs)) if numbers is None else numbers)
-    for _, (image,), target in images:
-        matrix += confusion(predict(model, image, target.shape, dtype)[0], target.to(matrix.device), classes)
+    for _, target, (labels,) in label_split([(model, size, False)], pairs, dtype, workers, numbers):
+        matrix += confusion(labels, target, classes)
     if dist.is_initialized():
         dist.all_reduce(matrix)
     return matrix
-
-
-def frozen_copy(model, arch, dtype):
-    """What validation, evaluate.py and infer.py run: the same folded network, so that their labels are equal."""
-    return freeze(copy.deepcopy(model), arch, dtype)
 
 
 # ---------------------------------------------------------------------------------------------- speed
@@ -166,17 +171,20 @@ def draw_panel(draw, box, title, series, colors):
 
 def draw_curves(history, classes, parts):
     """Epoch records -> a picture of loss and parts, mIoU, IoU by class, and the balance alpha."""
-    def line(key, of=lambda record, key: record.get(key)):
-        return [(record["epoch"], of(record, key)) for record in history]
+    def line(values):
+        return [(record["epoch"], value) for record, value in zip(history, values, strict=True)]
 
+    def of(key):
+        return line([record.get(key) for record in history])
+
+    fastest = max(record["lr"] for record in history)
     image = Image.new("RGB", (1400, 900), PAPER)
     draw = ImageDraw.Draw(image)
-    by_class = {c["name"]: line(c["name"], lambda r, name: (r.get("val_iou") or {}).get(name)) for c in classes}
-    panels = [("loss and its parts", {key: line(key) for key in ("loss", *parts)}, LINES),
-              ("validation mIoU", {"mIoU": line("val_miou"), "pixel accuracy": line("val_pixel_accuracy")}, LINES),
+    by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in class_names(classes)}
+    panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINES),
+              ("validation mIoU", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINES),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
-              ("alpha and learning rate / highest", {"alpha": line("alpha"), "lr": [
-                  (r["epoch"], r["lr"] / max(q["lr"] for q in history)) for r in history]}, LINES)]
+              ("alpha and learning rate / highest", {"alpha": of("alpha"), "lr": line([r["lr"] / fastest for r in history])}, LINES)]
     for n, panel in enumerate(panels):
         x, y = n % 2 * 700, n // 2 * 450
         draw_panel(draw, (x, y, x + 700, y + 450), *panel)
@@ -213,20 +221,17 @@ def draw_confusion(matrix, classes):
 
 def worst_sheet(pairs, n, labels):
     """picture | truth | prediction | errors (red: wrong, grey: ignored)."""
-    picture, target = read_image(pairs.pairs[n][0]), torch.from_numpy(pairs.get_raw_mask(n))
+    picture, mask = pairs.read(n)
+    target = torch.from_numpy(mask)
     wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
     wrong[target == IGNORE] = 128
     wrong[(labels != target) & (target != IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
-    parts = [picture, overlay(picture, target.numpy(), pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
+    parts = [picture, overlay(picture, mask, pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
              Image.blend(picture, Image.fromarray(wrong.numpy()), 0.7)]
     sheet = Image.new("RGB", (sum(p.width for p in parts), picture.height))
     for k, part in enumerate(parts):
         sheet.paste(part, (k * picture.width, 0))
     return sheet
-
-
-def save_picture(path, image):
-    write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -273,34 +278,36 @@ def pick_device(name):
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": name == "cpu"}.get(kind)
     if not usable or (kind == "cuda" and ":" in name and name[5:] not in map(str, range(torch.cuda.device_count()))):
         raise Fault(f"--device {name}: not to be had here; use auto, cuda, mps or cpu")
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")            # here, so that every script computes alike
     return torch.device(name)
 
 
-def found_checkpoints(folder):
-    """The teachers and the student that the scripts write to `folder`."""
-    paths = [Path(folder) / f"{name}.pth" for name in (*NAMES.values(), "best_student")]
-    return [path for path in paths if path.exists()]
+def describe_device(device, dtype):
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type}, {kind}, {str(dtype or torch.float32).removeprefix('torch.')}"
 
 
-def parse_weights(value, count, where="--teacher-weights"):
+def parse_weights(value, count):
     """"0.5:0.5" -> (K,) tensor, normalised; a Fault for a wrong number of weights, negative ones or zeros only."""
     try:
         weights = torch.tensor([float(v) for v in value.split(":")], dtype=torch.float64)
     except ValueError:
         weights = torch.tensor([float("nan")])
     if len(weights) != count or not weights.sum().isfinite() or (weights < 0).any() or weights.sum() <= 0:
-        raise Fault(f"{where} {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
+        raise Fault(f"--teacher-weights {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
     return weights / weights.sum()
 
 
 def ensemble_weights(value, metas):
     """(K,) or, for "auto", (K, C) weights: each teacher counts for a class by its validation IoU of it."""
+    if value == "equal":
+        return torch.full((len(metas),), 1 / len(metas))
     if value != "auto":
-        return parse_weights(value, len(metas)) if value else torch.full((len(metas),), 1 / len(metas))
-    names = [c["name"] for c in metas[0]["classes"]]
-    if any(meta["val_iou"].get(name) is None and not meta["val_iou"] for meta in metas for name in names):
+        return parse_weights(value, len(metas))
+    if not all(meta["val_iou"] for meta in metas):
         raise Fault("--teacher-weights auto: a teacher's checkpoint holds no validation IoU; give numbers instead")
-    iou = torch.tensor([[meta["val_iou"].get(name) or 0.0 for name in names] for meta in metas])     # (K, C)
+    iou = torch.tensor([[meta["val_iou"].get(name) or 0.0 for name in class_names(meta["classes"])] for meta in metas])    # (K, C)
     return iou.where(iou.sum(0) > 0, 1.0)
 
 
@@ -313,7 +320,7 @@ def make_parser():
     data.add_argument("--workers", type=number(int, 0, 256), default=min(2, cores()), help="processes that read files (up to 2)")
     group = add_model_flags(parser)
     group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
-    group.add_argument("--teacher-weights", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
+    group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored picture")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the table there")
@@ -324,17 +331,17 @@ def make_parser():
 
 def open_inputs(args):
     """(paths, [(network, meta)], the split) of the command line; all of one class table."""
-    paths = args.checkpoints or found_checkpoints("outputs")
+    paths = args.checkpoints or [path for name in (*NAMES.values(), "best_student") if (path := Path("outputs") / f"{name}.pth").exists()]
     if not paths:
         raise Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
     classes = load_classes(args.classes)
     loaded = [load_model(path, args.arch, classes) for path in paths]
     table = loaded[0][1]["classes"]
     for path, (_, meta) in zip(paths, loaded, strict=True):
-        if [c["name"] for c in meta["classes"]] != [c["name"] for c in table]:
+        if class_names(meta["classes"]) != class_names(table):
             raise Fault(f"{path}: was trained on another class table than {paths[0]}; evaluate them apart")
     pairs = Pairs(find_data(args.data), args.split, classes if args.classes else table, args.masks)
-    if [c["name"] for c in pairs.classes] != [c["name"] for c in table]:
+    if class_names(pairs.classes) != class_names(table):
         raise Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
     return paths, loaded, pairs
 
@@ -347,85 +354,70 @@ def main(argv=()):
     dtype = amp_dtype(args.amp, device)
     paths, loaded, pairs = open_inputs(args)
     print(pairs.describe())
-    rows = build_rows(args, paths, loaded, pairs, device, dtype)
-    score_rows(args, rows, pairs, dtype)
-    sizes = measure_speed(rows, pairs, device, dtype)
-    kind = f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"speed: batch 1, {kind}, {str(dtype or torch.float32).removeprefix('torch.')}, median of interleaved runs\n")
+    rows, networks = build_rows(args, paths, loaded, device, dtype)
+    score_rows(args, rows, networks, pairs, dtype)
+    sizes = measure_speed(rows, networks, pairs, device, dtype)
+    print(f"speed: batch 1, {describe_device(device, dtype)}, median of interleaved runs\n")
     print_table(rows, pairs.classes, sizes)
     print(f"pictures: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
-        hidden = ("model", "matrix", "flip", "members", "input", "lowest")
-        models = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
-        content = {"split": args.split, "pairs": len(pairs), "device": device.type, "models": models}
+        content = {"split": args.split, "pairs": len(pairs), "device": device.type, "models": rows}
         write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return rows
 
 
-def build_rows(args, paths, loaded, pairs, device, dtype):
-    """A row of the table for each checkpoint, each with --tta, and the ensemble."""
-    rows, stems = [], [Path(path).stem for path in paths]
+def build_rows(args, paths, loaded, device, dtype):
+    """A row of the table, and (frozen network, size, mirrored too), for each checkpoint and the ensemble; the same with --tta."""
+    rows, networks, stems = [], [], [Path(path).stem for path in paths]
     for path, stem, (model, meta) in zip(paths, stems, loaded, strict=True):
-        params = sum(p.numel() for p in model.parameters())
-        row = {"name": stem if stems.count(stem) == 1 else str(path), "params": params, "size": Path(path).stat().st_size,
-               "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"])), "input": args.size or meta["size"], "flip": False,
-               "model": freeze(model.to(device), meta["arch"], dtype)}
-        rows.append(row)
-        if args.tta:
-            rows.append({**row, "name": f"{row['name']} + flip", "gmacs": 2 * row["gmacs"], "flip": True})
+        rows.append({"name": stem if stems.count(stem) == 1 else str(path), "params": sum(p.numel() for p in model.parameters()),
+                     "size": Path(path).stat().st_size, "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"]))})
+        networks.append((freeze(model.to(device), meta["arch"], dtype), args.size or meta["size"], False))
     if args.ensemble:
-        members = [n for n, row in enumerate(rows) if not row["flip"] and not Path(row["name"]).stem.startswith(("best_student", "student"))]
+        members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]
         if not members:
             raise Fault("--ensemble: all checkpoints are students; name the teachers too")
-        metas = [loaded[n // (2 if args.tta else 1)][1] for n in members]
-        model = Ensemble([rows[n]["model"] for n in members], ensemble_weights(args.teacher_weights, metas)).to(device)
-        rows.append({"name": "ensemble", "model": model, "members": members, "flip": False, "input": rows[members[0]]["input"],
-                     **{key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}})
-    for row in rows:
-        row["matrix"] = torch.zeros(len(pairs.classes), len(pairs.classes), dtype=torch.int64, device=device)
-    return rows
+        weights = ensemble_weights(args.teacher_weights, [loaded[n][1] for n in members])
+        networks.append((Ensemble([networks[n][0] for n in members], weights).to(device), networks[members[0]][1], False))
+        rows.append({"name": "ensemble", **{key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}})
+    if args.tta:
+        rows = [row for plain in rows for row in (plain, {**plain, "name": f"{plain['name']} + flip", "gmacs": 2 * plain["gmacs"]})]
+        networks = [(model, size, flip) for model, size, _ in networks for flip in (False, True)]
+    return rows, networks
 
 
-def score_rows(args, rows, pairs, dtype):
+def score_rows(args, rows, networks, pairs, dtype):
     """One pass over the split for all rows; fills in the scores and writes the pictures."""
-    classes, inputs = pairs.classes, sorted({row["input"] for row in rows})
-    has_ensemble = "members" in rows[-1]
-    agree, pixels, lowest = [0] * len(rows), 0, [[] for _ in rows]
-    loaded = loader(Wholes(pairs, inputs), args.workers, False, range(len(pairs)))
-    for n, images, target in progress(loaded, "scoring", total=len(pairs)):
-        zs = []
-        for row in rows:
-            zs.append(row["model"].combine([zs[k] for k in row["members"]]) if "members" in row else
-                      scores(row["model"], images[inputs.index(row["input"])], dtype, row["flip"]))
-        labels = [upsampled_labels(z, target.shape)[0] for z in zs]
+    classes = pairs.classes
+    matrices, lowest, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
+    ensemble = next((k for k, row in enumerate(rows) if row["name"] == "ensemble"), None)
+    for n, target, labels in progress(label_split(networks, pairs, dtype, args.workers), "scoring", total=len(pairs)):
         pixels += target.numel()
-        for k, row in enumerate(rows):
-            matrix = confusion(labels[k], target.to(labels[k].device), len(classes))
-            row["matrix"] += matrix
-            agree[k] += int((labels[k] == labels[-1]).sum()) if has_ensemble else 0
+        for k, mine in enumerate(labels):
+            matrix = confusion(mine, target, len(classes))
+            matrices[k] += matrix
             lowest[k].append((summary(matrix, classes)["miou_present"], n))
+            agree[k] += int((mine == labels[ensemble]).sum()) if ensemble is not None else 0
     for k, row in enumerate(rows):
-        row.update(summary(row["matrix"], classes))
+        row.update(summary(matrices[k], classes))
         name = "".join(c if c.isalnum() else "_" for c in row["name"])
-        save_picture(Path(args.out) / f"confusion_{name}.png", draw_confusion(row["matrix"].cpu(), classes))
-        for score, n in sorted(lowest[k])[:args.save_worst]:
-            image = Wholes(pairs, [row["input"]])[n][1][0]
-            worst = predict(row["model"], image, pairs.sizes[n][::-1], dtype, row["flip"])[0].cpu()
-            save_picture(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, worst))
-    if has_ensemble:
-        for row, same in zip(rows, agree, strict=True):
-            row["to_ensemble"], row["agreement"] = row["miou"] - rows[-1]["miou"], same / pixels
+        save_picture(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
+        worst = sorted(lowest[k])[:args.save_worst]
+        for (score, n), (_, _, (labels,)) in zip(worst, label_split([networks[k]], pairs, dtype, numbers=[n for _, n in worst]), strict=True):
+            save_picture(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, labels.cpu()))
+    for row, same in zip(rows, agree, strict=True) if ensemble is not None else []:
+        row["to_ensemble"], row["agreement"] = row["miou"] - rows[ensemble]["miou"], same / pixels
 
 
-def measure_speed(rows, pairs, device, dtype):
+def measure_speed(rows, networks, pairs, device, dtype):
     """Fills in ms and FPS of predict() at 512x512 and at what the first picture becomes; returns both (h, w)."""
-    width, height = whole_size(*pairs.sizes[0], rows[0]["input"])
+    width, height = whole_size(*pairs.sizes[0], networks[0][1])
     sizes = [(512, 512), (height, width)]
     for row in rows:
         row["speed"] = []
     for h, w in sizes:
         image = torch.zeros(1, 3, h, w, dtype=torch.uint8, device=device)
-        calls = [lambda row=row, image=image, h=h, w=w: predict(row["model"], image, (h, w), dtype, row["flip"]) for row in rows]
+        calls = [lambda model=model, flip=flip, image=image, h=h, w=w: predict(model, image, (h, w), dtype, flip) for model, _, flip in networks]
         for row, (median, low, high) in zip(rows, time_interleaved(calls, device), strict=True):
             row["speed"].append({"height": h, "width": w, "ms": median, "lowest": low, "highest": high, "fps": 1000 / median})
     for row in rows:

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from data import MEAN, STD, Fault, check_classes, normalize, write_atomic
+from data import MEAN, STD, Fault, check_classes, class_names, normalize, write_atomic
 
 SEGFORMERS = {                                   # blocks by stage, widths by stage, D
     "segformer-b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256), "segformer-b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
@@ -115,7 +115,7 @@ def build(arch, classes, init="random"):
             load_backbone(model, downloaded(lambda: weights.get_state_dict(progress=True, check_hash=True)), "--init imagenet")
     else:
         depths, widths, head = SEGFORMERS[arch]
-        names = {"id2label": dict(enumerate(c["name"] for c in classes)), "label2id": {c["name"]: n for n, c in enumerate(classes)}}
+        names = {"id2label": dict(enumerate(class_names(classes))), "label2id": {name: n for n, name in enumerate(class_names(classes))}}
         config = SegformerConfig(depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=head, **names)
         if init == "imagenet":
             return downloaded(lambda: load_folder(f"nvidia/mit-{arch[-2:]}", arch, config))
@@ -297,12 +297,8 @@ def amp_dtype(flag, device):
     if flag == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and native_bf16_cpu() else None
+        return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[flag]
-
-
-def native_bf16_cpu():
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def autocast(device, dtype):
@@ -357,9 +353,12 @@ class Ensemble(nn.Module):
         weights = weights.float() / weights.float().sum(0, keepdim=True)
         self.register_buffer("weights", weights.view(len(models), 1, -1, 1, 1))      # (K, 1, 1 or C, 1, 1)
 
-    def forward(self, x):
-        """(B, 3, H, W) -> (B, C, h, w) float32."""
-        return self.combine([model(x).float() for model in self.models])
+    @torch.no_grad()
+    def forward(self, x, features=False):
+        """(B, 3, H, W) -> (B, C, h, w) float32; with `features` also K lists of stages."""
+        answers = [model(x, features=True) if features else (model(x), []) for model in self.models]
+        z = self.combine([z.float() for z, _ in answers])
+        return (z, [stages for _, stages in answers]) if features else z
 
     def combine(self, zs):
         """K maps of logits, aligned to the first one's size -> their weighted mean."""
@@ -376,7 +375,7 @@ class Ensemble(nn.Module):
 
 
 @torch.no_grad()
-def scores(model, image, dtype=None, flip=False):
+def logits(model, image, dtype=None, flip=False):
     """Whole pictures (see data.whole_image), uint8 (B, 3, h, w) -> (B, C, h/4, w/4) float32 logits on the model's device.
 
     `flip`: the mean over the picture and its mirror image."""
@@ -393,5 +392,5 @@ def upsampled_labels(z, size):
 
 def predict(model, image, size, dtype=None, flip=False):
     """Whole pictures, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W): the one path of
-    validation, evaluate.py and infer.py."""
-    return upsampled_labels(scores(model, image, dtype, flip), size)
+    validation, evaluate.py and infer.py, so that their labels are equal."""
+    return upsampled_labels(logits(model, image, dtype, flip), size)

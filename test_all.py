@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py            # minutes; -m "" adds the slow ones
     OFFROAD_DATA=DIR python -m pytest ...      # also on real pairs, from a folder with train/ and val/
 """
+import copy
 import itertools
 import json
 import math
@@ -123,7 +124,7 @@ def test_scenes_hold_all_classes_as_16_bit_ids(scenes):
 
 
 def test_ids_become_indices(pairs):
-    raw, labels = data.read_mask(pairs.pairs[0][1]), pairs.get_raw_mask(0)
+    raw, labels = data.read_mask(pairs.pairs[0][1]), pairs.read(0)[1]
     for index, entry in enumerate(data.DESERT):
         assert ((raw == entry["id"]) == (labels == index)).all()
     assert int(pairs.counts[0].sum()) == labels.size
@@ -159,7 +160,7 @@ def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of, capsys):
     mask[:10, :10] = 4242
     Image.fromarray(mask).save(path)
     split = data.Pairs(copy_of, "train", data.DESERT)
-    assert split.unknown == {4242: 100} and (split.get_raw_mask(0)[:10, :10] == 255).all()
+    assert split.unknown == {4242: 100} and (split.read(0)[1][:10, :10] == 255).all()
     assert split.describe().count("4242") == 1
 
 
@@ -214,14 +215,14 @@ def test_identity_affine_reproduces_picture_and_mask(pairs):
     image, mask = pairs.crop(0, 96, whole)
     stored = np.asarray(data.read_image(pairs.pairs[0][0]))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), stored[:96, :96])
-    assert np.array_equal(mask.numpy(), pairs.get_raw_mask(0)[:96, :96])
+    assert np.array_equal(mask.numpy(), pairs.read(0)[1][:96, :96])
 
 
 def test_affine_outside_is_ignored_and_flip_mirrors(pairs):
     width, _ = pairs.sizes[0]
     mirror = np.array([[-1.0, 0, width], [0, 1, 0]])
     _, mask = pairs.crop(0, 96, mirror)
-    assert np.array_equal(mask.numpy(), pairs.get_raw_mask(0)[:96, ::-1][:, :96])
+    assert np.array_equal(mask.numpy(), pairs.read(0)[1][:96, ::-1][:, :96])
     _, mask = pairs.crop(0, 96, np.array([[1.0, 0, width - 40], [0, 1, 0]]))
     assert (mask[:, 40:] == 255).all() and (mask[:, :40] != 255).all()
 
@@ -263,7 +264,7 @@ def test_samples_depend_on_seed_epoch_position_only(pairs):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_gives_the_same_pixels_for_any_number_of_workers(pairs, workers):
-    order = data.Order(len(pairs), 4, 0, 1, 6)
+    order = data.BatchSampler(len(pairs), 4, 0, 1, 6)
     batches = list(data.loader(data.Crops(pairs, 64, 0), workers, False, order))
     digest = sum(float(b.image.double().sum() + b.mask.double().sum() + b.matrix.double().sum() + b.jitter.double().sum()) for b in batches)
     assert len(batches) == 5
@@ -273,23 +274,23 @@ def test_loader_gives_the_same_pixels_for_any_number_of_workers(pairs, workers):
 
 
 def test_order_visits_each_pair_once_an_epoch_and_splits_over_processes():
-    whole = [k for batch in data.Order(13, 4, 7, 0, 6) for k in batch]
+    whole = [k for batch in data.BatchSampler(13, 4, 7, 0, 6) for k in batch]
     for epoch in (0, 1):
         chosen = [n for e, _, n in whole if e == epoch]
         assert len(chosen) == 12 == len(set(chosen))
-    halves = [[k for batch in data.Order(13, 2, 7, 0, 6, rank=r, world=2) for k in batch] for r in (0, 1)]
+    halves = [[k for batch in data.BatchSampler(13, 2, 7, 0, 6, rank=r, world=2) for k in batch] for r in (0, 1)]
     assert sorted(halves[0] + halves[1]) == sorted(whole)
-    micro = [k for batch in data.Order(13, 2, 7, 0, 6, accumulate=2) for k in batch]
+    micro = [k for batch in data.BatchSampler(13, 2, 7, 0, 6, accumulate=2) for k in batch]
     assert micro == whole
-    resumed = [k for batch in data.Order(13, 4, 7, 4, 6) for k in batch]
+    resumed = [k for batch in data.BatchSampler(13, 4, 7, 4, 6) for k in batch]
     assert resumed == whole[16:]
 
 
-def test_rare_odds_prefer_rare_classes_and_are_deterministic():
+def test_sampling_weights_prefer_rare_classes_and_are_deterministic():
     counts = torch.tensor([[90, 10, 0], [100, 0, 0], [100, 0, 0], [95, 0, 5]])
-    odds = data.rare_odds(counts)
+    odds = data.sampling_weights(counts)
     assert odds[3] > odds[0] > odds[1] > 0 and abs(float(odds[1] - odds[2])) < 1e-12
-    order = [data.Order(4, 2, 5, 0, 2, odds=odds).epoch(1) for _ in range(2)]
+    order = [data.BatchSampler(4, 2, 5, 0, 2, odds=odds).epoch(1) for _ in range(2)]
     assert order[0] == order[1]
 
 
@@ -475,7 +476,7 @@ def test_frozen_network_gives_the_same_logits(arch):
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected = model(x)
-        frozen = evaluate.frozen_copy(model, arch, None)
+        frozen = models.freeze(copy.deepcopy(model), arch)
         assert torch.allclose(frozen(x), expected, atol=1e-3 * expected.abs().max())
         assert torch.equal(model(x), expected)                # the copy left the original alone
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -1110,7 +1111,7 @@ def test_cache_under_the_identity_equals_the_teachers_online(squares, tmp_path):
     ready = data.to_device(batch, torch.device("cpu"))
     with torch.no_grad():
         online = model(ready.image)
-    cached = cache.crops(ready, 96)
+    cached = cache.crops(ready)
     assert torch.allclose(cached, online, atol=2e-3)
     z = torch.randn(4, 10, 24, 24)
     a, b = (losses.soft_loss(z, t, ready.mask, 2.0)[0].item() for t in (online, cached))
@@ -1128,7 +1129,7 @@ def test_cached_maps_follow_the_samples_own_matrix(squares, tmp_path):
     rng = np.random.default_rng(0)
     matrix = torch.from_numpy(np.stack([data.draw_affine(rng, 96, 96, 96) for _ in range(4)])).float()
     batch = data.Batch(torch.zeros(4, 3, 96, 96), torch.zeros(4, 96, 96), matrix, torch.zeros(4, 4), torch.arange(4))
-    warped = cache.crops(batch, 96)
+    warped = cache.crops(batch)
     for n in range(4):
         for i, j in ((12, 12), (8, 15), (0, 23)):
             place = matrix[n] @ torch.tensor([4 * j + 2.0, 4 * i + 2.0, 1.0])
@@ -1139,11 +1140,11 @@ def test_cached_maps_follow_the_samples_own_matrix(squares, tmp_path):
 def test_cache_goes_on_where_it_was_and_is_rebuilt_when_stale(squares, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, seen = models.build("segformer-b0", data.DESERT).eval(), []
-    once = distill.scores
-    monkeypatch.setattr(distill, "scores", lambda *a: seen.append(1) or (_ for _ in ()).throw(KeyboardInterrupt) if len(seen) == 2 else seen.append(1) or once(*a))
+    once = distill.logits
+    monkeypatch.setattr(distill, "logits", lambda *a: seen.append(1) or (_ for _ in ()).throw(KeyboardInterrupt) if len(seen) == 2 else seen.append(1) or once(*a))
     with pytest.raises(KeyboardInterrupt):
         make_cache(tmp_path, squares, model)
-    monkeypatch.setattr(distill, "scores", lambda *a: seen.append(1) or once(*a))
+    monkeypatch.setattr(distill, "logits", lambda *a: seen.append(1) or once(*a))
     seen.clear()
     first = make_cache(tmp_path, squares, model).values.copy()
     assert len(seen) == 2                                     # two were done before the interruption
@@ -1191,9 +1192,9 @@ split = data.Pairs({str(tmp_path)!r}, 'train', data.DESERT)
 cache = distill.Cache({str(tmp_path)!r}, {{}}, split, 64)
 import train_teacher
 cache.open(train_teacher.World(0, 1, torch.device('cpu')))
-order = data.Order(len(split), 10, 0, 0, 1000)
+order = data.BatchSampler(len(split), 10, 0, 0, 1000)
 for n, batch in enumerate(data.loader(data.Crops(split, 64, 0), 0, False, order)):
-    cache.crops(data.to_device(batch, torch.device('cpu')), 64)
+    cache.crops(data.to_device(batch, torch.device("cpu")))
     if n in (100, 999): print(anonymous())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
@@ -1225,7 +1226,7 @@ def test_one_matrix_for_the_split_equals_the_sum_over_pictures(trained, scenes):
     by_hand = torch.zeros(10, 10, dtype=torch.int64)
     for n in range(len(split)):
         image = data.whole_image(data.read_image(split.pairs[n][0]), 64)
-        labels, target = models.predict(model, image, (108, 192))[0].numpy(), split.get_raw_mask(n)
+        labels, target = models.predict(model, image, (108, 192))[0].numpy(), split.read(n)[1]
         np.add.at(by_hand.numpy(), (target, labels), 1)
     assert torch.equal(whole, by_hand) and whole.sum() == 4 * 108 * 192
     parts = sum(evaluate.evaluate(model, split, 64, numbers=range(r, 4, 3)) for r in range(3))
@@ -1238,17 +1239,27 @@ def test_evaluate_writes_the_table_json_and_pictures(trained, scenes, tmp_path, 
             "--out", str(tmp_path), "--json", str(tmp_path / "scores.json"), "--save-worst", "2", "--amp", "off", "--workers", "0", "--device", "cpu"]
     rows = evaluate.main(argv)
     said = capsys.readouterr().out
-    names = ["deep_lab", "deep_lab + flip", "segformer-b0", "segformer-b0 + flip", "best_student", "best_student + flip", "ensemble"]
+    names = ["deep_lab", "deep_lab + flip", "segformer-b0", "segformer-b0 + flip", "best_student", "best_student + flip", "ensemble", "ensemble + flip"]
     assert [row["name"] for row in rows] == names and all(name in said for name in ("GMACs", "agreement", "<50 ms", "512x512", "threads", *names))
     content = json.loads((tmp_path / "scores.json").read_text())
     assert {"name", "params", "gmacs", "miou", "miou_present", "pixel_accuracy", "iou", "ms", "fps", "size"} <= content["models"][0].keys()
-    assert rows[-1]["agreement"] == 1 and rows[-1]["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
-    assert len(list(tmp_path.glob("confusion_*.png"))) == 7 and len(list((tmp_path / "worst_best_student").glob("*.png"))) == 2
+    ensembled = rows[6]
+    assert ensembled["agreement"] == 1 and ensembled["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
+    assert len(list(tmp_path.glob("confusion_*.png"))) == 8 and len(list((tmp_path / "worst_best_student").glob("*.png"))) == 2
     ensemble = models.Ensemble([models.load_model(t)[0] for t in teachers], torch.tensor([2.0, 1.0])).eval()
     expected = evaluate.summary(evaluate.evaluate(ensemble, data.Pairs(scenes, "val", data.DESERT), 64), data.DESERT)
-    assert rows[-1]["miou"] == pytest.approx(expected["miou"], abs=2e-3)
+    assert ensembled["miou"] == pytest.approx(expected["miou"], abs=2e-3)
     last = read_log(out / "best_student.jsonl")[-1]
     assert rows[4]["iou"] == last["val_iou"]                  # the log's own figures, to the bit
+
+
+def test_ensemble_sees_one_size_whatever_its_members_were_trained_at(trained, scenes, tmp_path):
+    _, (first, second), *_ = trained
+    content = torch.load(second, weights_only=True)
+    torch.save({**content, "size": 96}, tmp_path / "other.pth")
+    argv = ["--data", str(scenes), "--ensemble", "--out", str(tmp_path), "--amp", "off", "--workers", "0", "--device", "cpu"]
+    alike, mixed = (evaluate.main([str(first), str(other), *argv]) for other in (second, tmp_path / "other.pth"))
+    assert mixed[2]["iou"] == alike[2]["iou"] and mixed[1]["iou"] != alike[1]["iou"] and mixed[0]["iou"] == alike[0]["iou"]
 
 
 def test_absent_class_is_na(trained, tmp_path, copy_of, capsys):
@@ -1308,7 +1319,7 @@ def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_pa
         ids = np.asarray(Image.open(tmp_path / f"{picture.stem}_ids.png"))
         assert np.array_equal(ids, np.array([c["id"] for c in data.DESERT])[labels.numpy()])
         assert Image.open(tmp_path / f"{picture.stem}_overlay.png").size == (192, 108)
-        matrix += evaluate.confusion(labels, torch.from_numpy(split.get_raw_mask(n)), 10)
+        matrix += evaluate.confusion(labels, torch.from_numpy(split.read(n)[1]), 10)
     assert evaluate.summary(matrix, data.DESERT)["iou"] == rows[0]["iou"]
 
 
@@ -1559,6 +1570,7 @@ BAD_FLAGS = {
     "init teacher without one": (distill.main, ["--init", "teacher", "--teachers", "DEEPLAB"], ["--init teacher", "no teacher is a SegFormer"]),
     "no teachers": (distill.main, [], ["deep_lab.pth", "no such file"]),
     "cache and features": (distill.main, ["--cache-teachers", "--feature", "1", "--teachers", "DEEPLAB"], ["--cache-teachers", "--feature"]),
+    "bench of features": (distill.main, ["--bench", "--feature", "1"], ["--bench", "--feature"]),
     "no checkpoints": (evaluate.main, ["nowhere.pth"], ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (evaluate.main, ["DEEPLAB", "--ensemble", "--teacher-weights", "1:2"], ["--teacher-weights 1:2"]),
     "no such split": (evaluate.main, ["DEEPLAB", "--split", "nowhere"], ["nowhere"]),

@@ -7,9 +7,12 @@
 The same command again goes on at the very next step after a crash, Ctrl-C or the end of a kernel's time: everything
 random is drawn from (seed, step), so that a checkpoint holds weights, optimizer, scaler, step and sums, and the
 resumed run ends with the bits of the uninterrupted one (CPU, same thread count).
+
+Measured on 203 real pairs at --size 128, from random weights, 60 epochs on one CPU core: DeepLabV3+ mIoU .380 in
+37 minutes, SegFormer-B3 .351 in 36 (README, "Ablation").
 """
 import contextlib
-import hashlib
+import copy
 import itertools
 import json
 import math
@@ -32,9 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
+    BatchSampler,
     Crops,
     Fault,
-    Order,
     Pairs,
     Parser,
     add_data_flags,
@@ -45,24 +48,25 @@ from data import (
     load_classes,
     loader,
     number,
-    rare_odds,
+    sampling_weights,
+    save_picture,
     side,
     to_device,
     write_atomic,
 )
-from evaluate import NAMES, add_model_flags, draw_curves, evaluate, frozen_copy, pick_device, save_picture, summary
+from evaluate import NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
 from losses import hard_loss, valid_of, weight_of
-from models import amp_dtype, autocast, build, full_name, memory_format, read_file, save_model
+from models import amp_dtype, autocast, build, freeze, full_name, memory_format, read_file, save_model
 
 COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
 SLOW = 10                                        # steps between two looks at what lies on the device
 
 
 # ---------------------------------------------------------------------------------------------- flags
-def add_train_flags(parser, size=512):
+def add_train_flags(parser):
     """The flags that train_teacher.py and distill.py share."""
     data = add_data_flags(parser)
-    data.add_argument("--size", type=side, default=size, help=f"side of a crop, shorter side of a whole picture, pixels ({size})")
+    data.add_argument("--size", type=side, default=512, help="side of a crop, shorter side of a whole picture, pixels (512)")
     data.add_argument("--workers", type=number(int, 0, 256), default=min(4, cores()), help="processes that read files (up to 4)")
     data.add_argument("--rare-class-sampling", action="store_true", help="draw pictures that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
@@ -183,8 +187,6 @@ def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, extras=Non
         forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
         for parameter in extras.parameters() if extras is not None else ():
             parameter.register_hook(average_over_processes)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     optimizer = torch.optim.AdamW(parameter_groups(model, arch, lr, extras), fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     return Job(model, torch.compile(forward) if compiled else forward, optimizer, scaler, loss, class_weight, world, dtype, seed)
@@ -259,26 +261,25 @@ def train_step(job, batches, step, total, sums):
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=None, identity=()):
+def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=None, identity=None):
     """Trains `model`; returns it with its last weights, in eval mode, and the epoch records. Goes on where the same run was left.
 
     loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number}); fraction runs 0 -> 1.
     extras: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
     device, out, started = world.device, Path(args.out), time.time()
     dtype = amp_dtype(args.amp, device)
-    odds = rare_odds(train.counts) if args.rare_class_sampling else None
-    order = Order(len(train), args.batch_size, args.seed, 0, 0, args.accumulate, world.rank, world.size, odds)
-    per_epoch = order.steps_per_epoch
-    check_batch(args, arch, len(train), world.size, per_epoch)
+    global_batch = args.batch_size * args.accumulate * world.size
+    per_epoch = len(train) // global_batch
+    check_batch(args, arch, len(train), global_batch)
     total = min(args.epochs * per_epoch, args.steps or math.inf)
     job = make_job(model, arch, loss, class_weight, world, dtype, args.lr, args.seed, extras, args.compile)
     model, optimizer, scaler = job.model, job.optimizer, job.scaler
 
     path = out / "checkpoints" / f"{name}.pth"
-    who = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    who |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest),
-            "transformers": transformers.__version__.split(".")[0], **dict(identity)}           # its major version orders the parameters
-    state = find_state(path, out / f"{name}.pth", who, args.overwrite)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
+    settings |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest),
+            "transformers": transformers.__version__.split(".")[0], **(identity or {})}         # its major version orders the parameters
+    state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
     if state:
@@ -293,7 +294,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         world.say(f"{name}: goes on after step {step} of {total}")
     else:
         world.say(f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
-                  f"{args.batch_size * args.accumulate * world.size}, {header['run']['device']}, {header['run']['precision']}")
+                  f"{global_batch}, {header['run']['device']}")
         write_log(world, out / f"{name}.jsonl", header, history)
     if args.compile:
         world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
@@ -302,7 +303,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         """Sums are added up over the processes; only the first one writes."""
         summed = over_processes(sums, world)
         if world.rank == 0:
-            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed, "who": who, "done": done}
+            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed, "settings": settings, "done": done}
             if not done:
                 training |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                              "extras": extras.state_dict() if extras is not None else {}}
@@ -320,7 +321,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 dist.broadcast(buffer, 0)
         alone = world.size == 1                               # several processes agree at the loop's head instead
         numbers = itertools.takewhile(lambda n: not (alone and signals.number), range(world.rank, len(val), world.size))
-        matrix = evaluate(frozen_copy(model, arch, dtype), val, args.size, dtype, args.workers, numbers)
+        matrix = evaluate(freeze(copy.deepcopy(model), arch, dtype), val, args.size, dtype, args.workers, numbers)
         return None if alone and signals.number else summary(matrix, val.classes)
 
     if device.type == "cuda":
@@ -329,7 +330,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
 
     if not state:
         save_state()                                          # so that what is killed from here on can be resumed
-    order.start, order.stop = step, total
+    odds = sampling_weights(train.counts) if args.rare_class_sampling else None
+    order = BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
     batches = loader(Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
     bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     bad, saved = torch.zeros((), device=device), time.monotonic()
@@ -337,8 +339,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     with Signals() as signals, bar, out_of_memory(args):
         while True:
             stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
-            ended = step and (step % per_epoch == 0 or step == total) and (not history or history[-1]["step"] != step)
-            if ended and not stop:
+            recorded = step == (history[-1]["step"] if history else 0)
+            if not (stop or recorded) and (step % per_epoch == 0 or step == total):
                 epoch = math.ceil(step / per_epoch)
                 due = epoch % args.eval_every == 0 or step == total
                 figures = means(sums, world)
@@ -349,7 +351,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 if due and scores is None:
                     continue                                  # a signal came in between
                 history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr),
-                                **timings(step - first, args, world, epoch_start, waited), **validation(scores)})
+                                **timings((step - first) * global_batch, device, epoch_start, waited), **validation(scores)})
                 if scores and scores["miou"] > best:
                     best = scores["miou"]
                     if world.rank == 0:
@@ -375,18 +377,18 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
             if step % SLOW == 0:
                 bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
                 if bad >= SLOW:
-                    raise numbers_went_wrong(name, step, parts, micro, train, path)
+                    raise nonfinite_fault(name, step, parts, micro, train, path)
         save_state(done=True)
     world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; {out / name}.pth holds the best, {path} the last")
     return model.eval(), history
 
 
 # ---------------------------------------------------------------------------------------------- what can go wrong
-def check_batch(args, arch, pairs, world, per_epoch):
+def check_batch(args, arch, pairs, global_batch):
     if arch == "deeplab" and args.batch_size < 2:
         raise Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 pictures a forward")
-    if per_epoch == 0:
-        raise Fault(f"--batch-size {args.batch_size}: a step takes {args.batch_size * args.accumulate * world} pictures "
+    if global_batch > pairs:
+        raise Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} pictures "
                     f"(x --accumulate x processes), the training split holds {pairs}; lower it")
 
 
@@ -401,14 +403,14 @@ def out_of_memory(args):
                     f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
 
 
-def numbers_went_wrong(name, step, parts, micro, train, path):
+def nonfinite_fault(name, step, parts, micro, train, path):
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
     files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
     return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; pictures {files}); lower --lr or "
                  f"use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
 
 
-def find_state(path, best, who, overwrite):
+def find_state(path, best, settings, overwrite):
     """The state of an earlier run of the same command, or None; a Fault if it belongs to another command."""
     if overwrite:
         path.unlink(missing_ok=True)
@@ -419,13 +421,13 @@ def find_state(path, best, who, overwrite):
         return None
     try:
         state = read_file(path)
-        old = state["training"]["who"]
+        old = state["training"]["settings"]
     except (Fault, KeyError, TypeError):
         raise Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
-    other = sorted(key for key in {*old, *who} if plain(old.get(key)) != plain(who.get(key)))
+    other = sorted(key for key in {*old, *settings} if plain(old.get(key)) != plain(settings.get(key)))
     if other:
         names = ", ".join(f"{key if key in ('processes', 'data', 'transformers') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
-                          f"now {str(who.get(key))[:40]})" for key in other)
+                          f"now {str(settings.get(key))[:40]})" for key in other)
         raise Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
 
@@ -452,20 +454,20 @@ def plain(value):
 
 
 def describe_run(name, args, model, train, val, device, dtype, world, total):
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
     return {"run": {"name": name, "args": plain(vars(args)), "steps": total, "processes": world.size,
                     "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                                  "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
-                    "device": f"{device.type} {kind}", "precision": str(dtype or torch.float32).removeprefix("torch."),
+                    "device": describe_device(device, dtype), "machine": platform.machine(),
                     "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
                     "size": args.size, "picture": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
 
 
 def over_processes(sums, world):
-    if world.size == 1 or not sums:
-        return {**sums, "values": sums["values"].clone()} if sums else {}
+    if not sums:
+        return {}
     values = sums["values"].clone()
-    dist.all_reduce(values)
+    if world.size > 1:
+        dist.all_reduce(values)
     return {"names": sums["names"], "values": values}
 
 
@@ -479,11 +481,10 @@ def means(sums, world):
     return {"alpha": 0.0, **{key: value / steps if steps else None for key, value in values.items()}, **counts}
 
 
-def timings(steps, args, world, since, waited):
+def timings(images, device, since, waited):
     """Of this process since the epoch began or the run went on; the only figures that a resumed run may differ in."""
     seconds = time.perf_counter() - since
-    return {"images_per_s": steps * args.batch_size * args.accumulate * world.size / max(seconds, 1e-9),
-            "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(world.device)}
+    return {"images_per_s": images / max(seconds, 1e-9), "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(device)}
 
 
 def peak_memory(device):
@@ -515,7 +516,7 @@ def report(world, out, name, header, history, classes, bar):
     write_log(world, out / f"{name}.jsonl", header, history)
     if world.rank == 0:
         last = history[-1]
-        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last and last[key] != last["loss"]]
+        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last and last[key] != last["loss"]]    # else one line hides the other
         curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
         save_picture(out / curves, draw_curves(history, classes, parts))
         figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
@@ -546,11 +547,6 @@ def open_data(args, world, classes):
     if empty:
         world.say(f"train: no pixel of {', '.join(empty)}; these classes weigh 1 and cannot be learnt")
     return splits
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @command
