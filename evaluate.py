@@ -130,32 +130,32 @@ INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 LINES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207)]
 
 
-def round_ticks(low, high, most=5):
-    """At most `most` + 1 numbers of the kind 1, 2, 5, 10 between `low` and `high`."""
-    power = 10 ** math.floor(math.log10((high - low) / most))
-    step = next(power * k for k in (1, 2, 5, 10) if (high - low) / (power * k) <= most)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+def round_ticks(low, high):
+    """Up to seven multiples of 1, 2 or 5 times a power of ten; the first is not above `low`, the last not below `high`."""
+    power = 10 ** math.floor(math.log10((high - low) / 5))
+    step = next(power * k for k in (1, 2, 5, 10) if (high - low) / (power * k) <= 5)
+    return [n * step for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def draw_panel(draw, box, title, series, colors):
-    """One line chart: series is {name: [(x, y)]}, y None where there is no value."""
+def draw_panel(draw, box, title, series, colors, last_epoch):
+    """One line chart over epochs: series is {name: [(epoch, y)]}, y None where there is no value."""
     left, top, right, bottom = box[0] + 64, box[1] + 34, box[2] - 190, box[3] - 30
     points = [p for line in series.values() for p in line if p[1] is not None]
     draw.text((left, box[1] + 6), title, INK, font(18))
     if not points:
         return
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0, *ys), max(max(ys), 1e-9)
+    ys = [p[1] for p in points]
+    ticks = round_ticks(min(0, *ys), max(*ys, 1e-9))
 
     def spot(x, y):
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+        return left + x / last_epoch * (right - left), bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
 
-    for tick in round_ticks(y0, y1):
-        draw.line((left, spot(x0, tick)[1], right, spot(x0, tick)[1]), GRID)
-        draw.text((left - 6, spot(x0, tick)[1]), f"{tick:.3g}", INK, font(13), anchor="rm")
-    for tick in round_ticks(x0, x1):
-        if tick == int(tick):
-            draw.text((spot(tick, y0)[0], bottom + 6), f"{tick:.0f}", INK, font(13), anchor="ma")
+    for tick in ticks:
+        draw.line((left, spot(0, tick)[1], right, spot(0, tick)[1]), GRID)
+        draw.text((left - 6, spot(0, tick)[1]), f"{tick:.3g}", INK, font(13), anchor="rm")
+    for tick in round_ticks(0, last_epoch):
+        if tick <= last_epoch and tick == int(tick):
+            draw.text((spot(tick, 0)[0], bottom + 6), f"{tick:.0f}", INK, font(13), anchor="ma")
     draw.text((right + 12, bottom + 6), "epoch", INK, font(13))
     for n, (name, line) in enumerate(series.items()):
         spots = [spot(x, y) for x, y in line if y is not None]
@@ -182,12 +182,12 @@ def draw_curves(history, classes, parts):
     draw = ImageDraw.Draw(image)
     by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in class_names(classes)}
     panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINES),
-              ("validation mIoU", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINES),
+              ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINES),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
               ("alpha and learning rate / highest", {"alpha": of("alpha"), "lr": line([r["lr"] / fastest for r in history])}, LINES)]
     for n, panel in enumerate(panels):
         x, y = n % 2 * 700, n // 2 * 450
-        draw_panel(draw, (x, y, x + 700, y + 450), *panel)
+        draw_panel(draw, (x, y, x + 700, y + 450), *panel, history[-1]["epoch"])
     return image
 
 

@@ -278,7 +278,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     path = out / "checkpoints" / f"{name}.pth"
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
     settings |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest),
-            "transformers": transformers.__version__.split(".")[0], **(identity or {})}         # its major version orders the parameters
+                 "transformers": transformers.__version__.split(".")[0], **(identity or {})}         # its major version orders the parameters
     state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
