@@ -1,11 +1,11 @@
-"""Pairs of pictures and masks: finding, checking, reading, augmenting, colouring and drawing them.
+"""Pairs of images and masks: finding, checking, reading, augmenting, colouring and drawing them.
 
-    python data.py --data DIR      what each split holds, and a picture of augmented pairs with their labels
+    python data.py --data DIR      what each split holds, and an image of augmented pairs with their labels
 
 Run it before training for hours: most bad scores on the desert set are masks read wrongly. Reading and augmenting
 one 960x540 pair at --size 512 costs 3 to 8 ms more than decoding its two files (`python distill.py --bench`).
 
-Letters: B batch, C classes, H W sides of a stored picture, S side of a training crop. Index 255 means "ignore".
+Letters: B batch, C classes, H W sides of a stored image, S side of a training crop. Index 255 means "ignore".
 """
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ from tqdm import tqdm
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's, what the pretrained encoders saw
 ROOT_NAME = "Offroad_Segmentation_Training_Dataset"
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 MASKS = {".png", ".bmp", ".tif", ".tiff"}                     # lossless only
 DESERT = [{"name": n, "id": i, "color": list(c)} for n, i, c in [
     ("Trees", 100, (34, 110, 34)), ("Lush Bushes", 200, (60, 190, 70)), ("Dry Grass", 300, (222, 196, 120)),
@@ -93,7 +93,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 def side(text):
-    """An argparse type: a picture side that every stride of the networks divides."""
+    """An argparse type: an image side that every stride of the networks divides."""
     value = number(int, 32, 8192)(text)
     if value % 32:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of 32; try {max(32, round(value / 32) * 32)}")
@@ -185,35 +185,35 @@ def list_files(folder, suffixes):
 
 
 def find_pairs(root, split):
-    """[(picture path, mask path)] of `root/split`, in order of their stems."""
+    """[(image path, mask path)] of `root/split`, in order of their stems."""
     folder = Path(root) / split
-    pictures, masks = list_files(folder / "Color_Images", PICTURES), list_files(folder / "Segmentation", MASKS)
-    if not pictures and not masks:
-        raise Fault(f"{folder}: holds no pictures; Color_Images/ wants {' '.join(sorted(PICTURES))}, Segmentation/ {' '.join(sorted(MASKS))}")
-    for stem in sorted(set(pictures) ^ set(masks)):
-        found, other = (pictures[stem], "Segmentation") if stem in pictures else (masks[stem], "Color_Images")
+    images, masks = list_files(folder / "Color_Images", IMAGES), list_files(folder / "Segmentation", MASKS)
+    if not images and not masks:
+        raise Fault(f"{folder}: holds no images; Color_Images/ wants {' '.join(sorted(IMAGES))}, Segmentation/ {' '.join(sorted(MASKS))}")
+    for stem in sorted(set(images) ^ set(masks)):
+        found, other = (images[stem], "Segmentation") if stem in images else (masks[stem], "Color_Images")
         raise Fault(f"{found}: no partner named {stem}.* in {folder / other}; add it or remove this file")
-    return [(pictures[stem], masks[stem]) for stem in sorted(pictures)]
+    return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
 # ---------------------------------------------------------------------------------------------- reading files
-def open_picture(path):
-    """A lazily loaded PIL image; a Fault if the file is no picture or larger than Pillow's bomb limit."""
+def open_image(path):
+    """A lazily loaded PIL image; a Fault if the file is no image or larger than Pillow's bomb limit."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     try:
         return Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Fault(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, above Pillow's limit; cut or shrink it") from None
     except Exception as error:  # noqa: BLE001 -- Pillow's plugins raise errors of any kind for a damaged file
-        raise Fault(f"{path}: cannot be read as a picture ({' '.join(str(error).split())[:80]}); replace or remove it") from None
+        raise Fault(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:80]}); replace or remove it") from None
 
 
 def read_image(path, shrink=1):
-    """Any picture Pillow reads, as an upright 8-bit RGB image of (W, H).
+    """Any image Pillow reads, as an upright 8-bit RGB image of (W, H).
 
-    16-bit pictures are scaled (Pillow's own conversion clips them). A JPEG may be decoded up to `shrink` times
+    16-bit images are scaled (Pillow's own conversion clips them). A JPEG may be decoded up to `shrink` times
     smaller, by the decoder's own scaling. Refused: sides under 16 pixels, aspects above 8."""
-    with open_picture(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         if min(width, height) < 16 or max(width, height) > 8 * min(width, height):
             raise Fault(f"{path}: {width}x{height} pixels; sides must be at least 16 and the aspect at most 8, cut or remove it")
@@ -225,12 +225,12 @@ def read_image(path, shrink=1):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return image.convert("RGB")
         except Exception as error:  # noqa: BLE001
-            raise Fault(f"{path}: damaged picture ({' '.join(str(error).split())[:80]}); replace or remove it") from None
+            raise Fault(f"{path}: damaged image ({' '.join(str(error).split())[:80]}); replace or remove it") from None
 
 
 def read_mask(path):
     """The values of a mask as stored, (H, W) uint16; never converted, which would fold 16-bit ids."""
-    with open_picture(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I", "L", "P", "1"):
             raise Fault(f"{path}: mode {image.mode}; a mask holds one number a pixel, export it as 8- or 16-bit greyscale")
         if image.tile and image.tile[0][3] in ("L;2", "L;4"):
@@ -246,27 +246,27 @@ def read_mask(path):
 
 def scan_pair(pair):
     """Decodes both files: ((W, H), {value: pixels}). So a damaged file is found before training, not in hour three."""
-    picture, mask = pair
-    values, size = read_mask(mask), read_image(picture).size
+    image, mask = pair
+    values, size = read_mask(mask), read_image(image).size
     if values.shape[::-1] != size:
-        with open_picture(picture) as image:
-            turned = " after its EXIF rotation" if image.getexif().get(0x0112, 1) > 1 else ""
-        raise Fault(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {picture.name} has {size[0]}x{size[1]}{turned}; they must match")
+        with open_image(image) as opened:
+            turned = " after its EXIF rotation" if opened.getexif().get(0x0112, 1) > 1 else ""
+        raise Fault(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {image.name} has {size[0]}x{size[1]}{turned}; they must match")
     found, counts = np.unique(values, return_counts=True) if values.max() > 255 else \
         (np.arange(256), np.bincount(values.ravel(), minlength=256))
     return size, {int(v): int(n) for v, n in zip(found, counts, strict=True) if n}
 
 
-def scan(pairs, kept=None):
-    """scan_pair of every pair, in threads; results are kept in the file `kept` and reused while files are unchanged."""
+def scan(pairs, scan_file=None):
+    """scan_pair of every pair, in threads; results stay in `scan_file` and are reused while files are unchanged."""
     stamps = [":".join(f"{s.st_size},{s.st_mtime_ns}" for s in map(os.stat, pair)) for pair in pairs]
     known = {}
-    if kept is not None and Path(kept).is_file():
+    if scan_file is not None and Path(scan_file).is_file():
         try:
-            known = dict(json.loads(Path(kept).read_text(encoding="utf-8")))
+            known = dict(json.loads(Path(scan_file).read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             pass                                              # a torn file: scan again
-    keys = [f"{picture.resolve()}|{stamp}" for (picture, _), stamp in zip(pairs, stamps, strict=True)]
+    keys = [f"{image.resolve()}|{stamp}" for (image, _), stamp in zip(pairs, stamps, strict=True)]
     missing = [n for n, key in enumerate(keys) if key not in known]
     pool = ThreadPoolExecutor(min(8, cores()))    # Pillow decodes outside the interpreter lock
     try:
@@ -275,8 +275,8 @@ def scan(pairs, kept=None):
             known[keys[n]] = result
     finally:
         pool.shutdown(cancel_futures=True)
-    if kept is not None and missing:
-        write_atomic(kept, lambda file: file.write(json.dumps({key: known[key] for key in keys}).encode()))
+    if scan_file is not None and missing:
+        write_atomic(scan_file, lambda file: file.write(json.dumps({key: known[key] for key in keys}).encode()))
     return [(tuple(size), {int(v): n for v, n in values.items()}) for size, values in (known[key] for key in keys)]
 
 
@@ -297,7 +297,7 @@ def write_atomic(path, write):
                     "place, what was there before is untouched", status=1) from None
 
 
-def save_picture(path, image):
+def save_image(path, image):
     write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
@@ -355,12 +355,12 @@ def label_table(classes, form):
 class Pairs:
     """One split: checked pairs, how to read them, and how many pixels of each class each of them holds.
 
-    Raises a Fault for anything that does not fit (see scan_pair and mask_form). `kept`: see scan."""
+    Raises a Fault for anything that does not fit (see scan_pair and mask_form). `scan_file`: see scan."""
 
-    def __init__(self, root, split, classes, masks=None, kept=None):
+    def __init__(self, root, split, classes, masks=None, scan_file=None):
         self.classes, self.split = classes, split
         self.pairs = find_pairs(root, split)
-        found = scan(self.pairs, kept)
+        found = scan(self.pairs, scan_file)
         self.sizes = [size for size, _ in found]
         names = [str(mask) for _, mask in self.pairs]
         self.form = mask_form([set(values) for _, values in found], names, classes, masks)
@@ -395,7 +395,7 @@ class Pairs:
         return read_image(self.pairs[n][0], shrink), self.table[read_mask(self.pairs[n][1])]
 
     def crop(self, n, size, matrix):
-        """The n-th pair under `matrix` (2, 3), see draw_affine: uint8 (3, S, S) picture, (S, S) mask."""
+        """The n-th pair under `matrix` (2, 3), see draw_affine: uint8 (3, S, S) image, (S, S) mask."""
         width, height = self.sizes[n]
         shrink = np.sqrt(abs(np.linalg.det(matrix[:, :2])))   # source pixels a target pixel
         image, mask = self.read(n, int(shrink))
@@ -416,7 +416,7 @@ def to_tensor(image):
 
 
 def whole_size(width, height, size):
-    """(w, h) of a whole picture at scale 1: shorter side `size`, both rounded to the nearest multiple of 32."""
+    """(w, h) of a whole image at scale 1: shorter side `size`, both rounded to the nearest multiple of 32."""
     scale = size / min(width, height)
     return tuple(max(32, int(v * scale / 32 + 0.5) * 32) for v in (width, height))
 
@@ -433,12 +433,12 @@ def resized_image(image, width, height):
 
 # ---------------------------------------------------------------------------------------------- augmentation
 def draw_affine(rng, width, height, size):
-    """One random map for a sample, (2, 3) float64: crop coordinates -> picture coordinates, both in pixels with
+    """One random map for a sample, (2, 3) float64: crop coordinates -> image coordinates, both in pixels with
     the first pixel's centre at (.5, .5). Flip, scale 0.5 to 2 (1 = shorter side is `size`), rotation of up to 10
     degrees about the crop's centre, and the crop's place."""
     scale = rng.uniform(0.5, 2.0) * size / min(width, height)
     angle, flip = np.deg2rad(rng.uniform(-10, 10)), rng.random() < 0.5
-    spare = np.array([width, height]) * scale - size          # negative: the picture is smaller than the crop
+    spare = np.array([width, height]) * scale - size          # negative: the image is smaller than the crop
     centre = size / 2 + np.minimum(spare, 0) + np.abs(spare) * rng.random(2)
     linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     shift = centre / scale - linear @ [size / 2, size / 2]
@@ -453,7 +453,7 @@ def draw_jitter(rng):
 
 
 def color_jitter(image, jitter):
-    """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset a picture.
+    """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset an image.
 
     image: (B, 3, H, W) in 0..1; jitter: (B, 4), see draw_jitter. Contrast and saturation as in torchvision; hue is
     a rotation of the colour plane of YIQ, which keeps luminance. Clipped to 0..1 once, at the end."""
@@ -480,7 +480,7 @@ class Batch(NamedTuple):
     """A training batch; the last three fields are what losses are divided by, set by the loop (see losses.py)."""
     image: torch.Tensor                      # (B, 3, S, S) uint8, after `to_device` normalised float32
     mask: torch.Tensor                       # (B, S, S) uint8 class indices, 255 = ignore; int64 on the device
-    matrix: torch.Tensor                     # (B, 2, 3) float32: crop -> picture coordinates
+    matrix: torch.Tensor                     # (B, 2, 3) float32: crop -> image coordinates
     jitter: torch.Tensor                     # (B, 4) float32
     pair: torch.Tensor                       # (B,) which pair of the split
     weight_sum: torch.Tensor | None = None
@@ -514,7 +514,7 @@ class Crops(Dataset):
 
 
 class WholeImages(Dataset):
-    """Whole pictures as validation sees them, by number: (n, a uint8 (1, 3, h, w) for each of `sizes`, (H, W) class
+    """Whole images as validation sees them, by number: (n, a uint8 (1, 3, h, w) for each of `sizes`, (H, W) class
     indices at the mask's stored size)."""
 
     def __init__(self, pairs, sizes):
@@ -606,7 +606,7 @@ def class_weights(counts, mode="median"):
 
 
 def sampling_weights(counts):
-    """(N,) odds of drawing each picture: first a class with odds exp((1 - its share) / 0.1), then one of the pictures
+    """(N,) odds of drawing each image: first a class with odds exp((1 - its share) / 0.1), then one of the images
     that hold it (rare class sampling, DAFormer, Hoyer et al. 2022, section 3.3, and its temperature)."""
     share = counts.sum(0).double() / counts.sum().clamp(min=1)
     holds = (counts > 0).double()                                                    # (N, C)
@@ -614,7 +614,7 @@ def sampling_weights(counts):
     return (holds / holds.sum(0).clamp(min=1)) @ odds + 1e-12
 
 
-# ---------------------------------------------------------------------------------------------- pictures for people
+# ---------------------------------------------------------------------------------------------- images for people
 def palette(classes):
     """(256, 3) uint8 colours by class index; black for everything else."""
     colors = np.zeros((256, 3), np.uint8)
@@ -622,7 +622,7 @@ def palette(classes):
     return colors
 
 
-def index_picture(labels, classes):
+def index_image(labels, classes):
     """(H, W) uint8 class indices -> a palette PNG image: a viewer shows colours, np.asarray gives the indices."""
     image = Image.fromarray(np.asarray(labels, np.uint8))
     image.putpalette(palette(classes).tobytes())
@@ -633,7 +633,7 @@ font = ImageFont.load_default                                 # font(size in pix
 
 
 def overlay(image, labels, classes, legend=True):
-    """A PIL RGB picture with its labels (H, W) laid over it, and a legend of the classes present with their shares,
+    """A PIL RGB image with its labels (H, W) laid over it, and a legend of the classes present with their shares,
     left out where it would hide more than it tells."""
     mixed = Image.blend(image, Image.fromarray(palette(classes)[np.asarray(labels)]), 0.5)
     if not legend or min(image.size) < 200:
@@ -660,10 +660,10 @@ def augmented_sheet(pairs, size):
         pair = n * len(pairs) // (rows * columns // 2) % len(pairs)
         image, mask = pairs.crop(pair, size, draw_affine(rng, *pairs.sizes[pair], size))
         jittered = color_jitter(image[None].float() / 255, torch.from_numpy(draw_jitter(rng))[None])[0]
-        picture = Image.fromarray((jittered * 255).byte().permute(1, 2, 0).numpy())
+        shown = Image.fromarray((jittered * 255).byte().permute(1, 2, 0).numpy())
         x, y = 2 * n % columns * size, 2 * n // columns * size
-        sheet.paste(picture, (x, y))
-        sheet.paste(overlay(picture, mask.numpy(), pairs.classes, legend=False), (x + size, y))
+        sheet.paste(shown, (x, y))
+        sheet.paste(overlay(shown, mask.numpy(), pairs.classes, legend=False), (x + size, y))
     return sheet
 
 
@@ -745,7 +745,7 @@ def main(argv=()):
                   + ("" if present else "   no pixel of it: its score will be n/a"))
         if split == splits[0]:
             path = Path(args.out) / "augmented.png"
-            save_picture(path, augmented_sheet(pairs, min(args.size, 256)))
+            save_image(path, augmented_sheet(pairs, min(args.size, 256)))
             print(f"  look at {path}: crops as the networks see them, beside their labels")
 
 

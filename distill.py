@@ -2,7 +2,7 @@
 
     python distill.py --T 2 --alpha 0.3:0.7                   # outputs/{deep_lab,best_model}.pth -> best_student.pth
     python distill.py --cache-teachers                        # the teachers' answers are computed once and kept
-    python distill.py --demo                                  # everything in miniature, on drawn pictures
+    python distill.py --demo                                  # everything in miniature, on drawn images
     python distill.py --bench                                 # what a step costs here, beside the usual notebook's
 
     L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A,   a from --alpha's start to its end
@@ -49,15 +49,15 @@ from data import (
     progress,
     read_image,
     read_mask,
-    save_picture,
+    save_image,
     to_device,
     whole_image,
     whole_size,
     write_atomic,
     write_scenes,
 )
-from losses import attention_loss, channel_loss, feature_loss, hard_loss, ramp, soft_loss
-from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, full_name, load_model, logits, old_key, predict
+from losses import attention_loss, cwd_loss, feature_loss, hard_loss, ramp, soft_loss
+from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, load_model, logits, old_key, predict
 from train_teacher import fit, open_data, processes
 
 TEACHERS = [f"{name}.pth" for name in evaluate.NAMES.values()]
@@ -91,7 +91,7 @@ def make_parser():
     kd.add_argument("--cwd", type=share, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
     kd.add_argument("--feature", type=share, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
     kd.add_argument("--attention", type=share, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
-    kd.add_argument("--cache-teachers", action="store_true", help="teachers see each whole picture once; their maps are warped like the crops")
+    kd.add_argument("--cache-teachers", action="store_true", help="teachers see each whole image once; their maps are warped like the crops")
     train_teacher.add_train_flags(parser)
     whole = parser.add_argument_group("instead of a run")
     whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature, compare them")
@@ -170,7 +170,7 @@ def make_loss(args, class_weight, teach=None, adapters=None):
             soft, parts["logits_clamped"], parts["soft_clamped"] = soft_loss(z, z_t, batch.mask, args.T, batch.valid)
             total, parts["soft"] = total + alpha * args.kl * soft, soft
         if args.cwd:
-            parts["cwd"] = channel_loss(z, z_t, batch.mask) * batch.share
+            parts["cwd"] = cwd_loss(z, z_t, batch.mask) * batch.share
             total = total + alpha * args.cwd * parts["cwd"]
         if args.feature:
             each = [feature_loss([adapt(s) for adapt, s in zip(adapter, stages, strict=True)], theirs)
@@ -186,10 +186,10 @@ def make_loss(args, class_weight, teach=None, adapters=None):
 
 # ---------------------------------------------------------------------------------------------- the teacher cache
 class Cache:
-    """The ensemble's logits of every whole training picture, float16 at stride 4, in one memory-mapped file.
+    """The ensemble's logits of every whole training image, float16 at stride 4, in one memory-mapped file.
 
     Built in one pass that goes on where it was cut off; `key` names all that the maps depend on, another key means
-    another file. Teachers see the whole clean picture here, not the jittered crop."""
+    another file. Teachers see the whole clean image here, not the jittered crop."""
 
     def __init__(self, folder, key, pairs, size):
         self.folder, self.key, self.pairs = Path(folder), train_teacher.plain(key), pairs
@@ -200,7 +200,7 @@ class Cache:
         self.size = size
 
     def open(self, world):
-        """Maps the files; an old cache under another key is replaced. Returns which pictures are still to do."""
+        """Maps the files; an old cache under another key is replaced. Returns which images are still to do."""
         key, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
         if world.rank == 0:
             try:
@@ -237,9 +237,9 @@ class Cache:
             images = loader(WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
             for n, (n_pair, (image,), _) in enumerate(progress(images, "teachers", total=len(mine))):
                 if n == 0:
-                    start = time.perf_counter()               # the first picture takes longer, and waits for the workers
+                    start = time.perf_counter()               # the first image takes longer, and waits for the workers
                 if n == 1:
-                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} pictures, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
+                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
                               f"about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
                 z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
                 self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
@@ -250,13 +250,13 @@ class Cache:
 
     @torch.no_grad()
     def crops(self, batch):
-        """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the picture
+        """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the image
         repeat its border; the mask ignores them."""
         device, index = batch.image.device, batch.pair.tolist()
         at = (torch.arange(self.size // 4, device=device) + 0.5) * 4
         y, x = torch.meshgrid(at, at, indexing="ij")
         centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
-        places = (batch.matrix[:, None, None] * centres[..., None, :]).sum(-1)       # (B, h, w, 2) picture coordinates
+        places = (batch.matrix[:, None, None] * centres[..., None, :]).sum(-1)       # (B, h, w, 2) image coordinates
         grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1
         maps = [torch.from_numpy(self.values[self.starts[n]:self.starts[n + 1]].reshape(1, *self.shapes[n])) for n in index]
         return torch.cat([F.grid_sample(m.to(device, non_blocking=True).float(), g[None], padding_mode="border", align_corners=False)
@@ -275,7 +275,7 @@ def make_teach(args, world, train, student, paths, loaded):
         answer = torch.compile(ensemble) if args.compile else ensemble
         return lambda batch: answer(batch.image, features=True) if stages else (answer(batch.image), []), adapters
     key = {"teachers": [file_digest(path) for path in paths], "weights": weights.tolist(), "average": args.average, "data": train.digest,
-           "size": args.size, "pictures": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
+           "size": args.size, "images": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
            "precision": str(dtype), "format": 1}
     cache = Cache(args.out, key, train, args.size)
     cache.build(ensemble, world, dtype, args.workers)
@@ -296,7 +296,6 @@ def check_flags(args):
 @command
 def main(argv=()):
     args = make_parser().parse_args(argv)
-    args.arch = full_name(args.arch)
     check_flags(args)
     if args.demo:
         return demo(args)
@@ -337,10 +336,10 @@ def demo(args):
     student, history = main(["--T", str(args.T), "--alpha", args.alpha, *common])
     checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
     evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
-    picture = min((out / "data" / "val" / "Color_Images").iterdir())
-    image, (model, meta) = read_image(picture), load_model(checkpoints[-1])
+    path = min((out / "data" / "val" / "Color_Images").iterdir())
+    image, (model, meta) = read_image(path), load_model(checkpoints[-1])
     labels = predict(model, whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
-    save_picture(out / "overlay.png", overlay(image, labels, meta["classes"]))
+    save_image(out / "overlay.png", overlay(image, labels, meta["classes"]))
     print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
     return student, history
 

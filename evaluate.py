@@ -40,12 +40,12 @@ from data import (
     number,
     overlay,
     progress,
-    save_picture,
+    save_image,
     side,
     whole_size,
     write_atomic,
 )
-from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict
+from models import ARCHS, Ensemble, amp_dtype, freeze, full_name, load_model, predict
 
 NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
 
@@ -74,7 +74,7 @@ def summary(matrix, classes):
 def label_split(networks, pairs, dtype=None, workers=0, numbers=None):
     """Yields (n, (H, W) truth, [(H, W) labels of each network]) of a split, on the networks' device.
 
-    networks: [(frozen network, size of its pictures, whether to add the mirrored one)]. `numbers`: which pairs (all by default)."""
+    networks: [(frozen network, size of its images, whether to add the mirrored one)]. `numbers`: which pairs (all by default)."""
     device = next(networks[0][0].parameters()).device
     sizes = sorted({size for _, size, _ in networks})
     images_of = loader(WholeImages(pairs, sizes), workers, device.type == "cuda", range(len(pairs)) if numbers is None else numbers)
@@ -107,12 +107,12 @@ def time_interleaved(calls, device, seconds=1.5, least=5):
     times: list = [[] for _ in calls]
     end = time.perf_counter() + seconds * len(calls)
     while len(times[0]) < least or (time.perf_counter() < end and len(times[0]) < 100):
-        for call, kept in zip(calls, times, strict=True):
+        for call, own in zip(calls, times, strict=True):
             synchronize(device)
             start = time.perf_counter()
             call()
             synchronize(device)
-            kept.append(1000 * (time.perf_counter() - start))
+            own.append(1000 * (time.perf_counter() - start))
     return [(statistics.median(t), min(t), max(t)) for t in times]
 
 
@@ -125,7 +125,7 @@ def count_gmacs(model, width=512, height=512):
     return counter.get_total_flops() / 2e9
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- charts and sheets
 INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 LINES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207)]
 
@@ -170,7 +170,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
 
 
 def draw_curves(history, classes, parts):
-    """Epoch records -> a picture of loss and parts, mIoU, IoU by class, and the balance alpha."""
+    """Epoch records -> an image of loss and parts, mIoU, IoU by class, and the balance alpha."""
     def line(values):
         return [(record["epoch"], value) for record, value in zip(history, values, strict=True)]
 
@@ -220,17 +220,17 @@ def draw_confusion(matrix, classes):
 
 
 def worst_sheet(pairs, n, labels):
-    """picture | truth | prediction | errors (red: wrong, grey: ignored)."""
-    picture, mask = pairs.read(n)
+    """image | truth | prediction | errors (red: wrong, grey: ignored)."""
+    image, mask = pairs.read(n)
     target = torch.from_numpy(mask)
     wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
     wrong[target == IGNORE] = 128
     wrong[(labels != target) & (target != IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
-    parts = [picture, overlay(picture, mask, pairs.classes), overlay(picture, labels.numpy(), pairs.classes),
-             Image.blend(picture, Image.fromarray(wrong.numpy()), 0.7)]
-    sheet = Image.new("RGB", (sum(p.width for p in parts), picture.height))
+    parts = [image, overlay(image, mask, pairs.classes), overlay(image, labels.numpy(), pairs.classes),
+             Image.blend(image, Image.fromarray(wrong.numpy()), 0.7)]
+    sheet = Image.new("RGB", (sum(p.width for p in parts), image.height))
     for k, part in enumerate(parts):
-        sheet.paste(part, (k * picture.width, 0))
+        sheet.paste(part, (k * image.width, 0))
     return sheet
 
 
@@ -263,7 +263,7 @@ def print_table(rows, classes, sizes):
 def add_model_flags(parser, arch=None):
     """Flags of everything that runs a network; `arch`: the default of what is trained, None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    group.add_argument("--arch", choices=ARCHS, default=arch, metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
+    group.add_argument("--arch", type=full_name, choices=ARCHS, default=arch, metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
                        f"({arch or 'what the checkpoint says; needed for bare state dicts'})")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto: what the device does natively)")
@@ -321,11 +321,11 @@ def make_parser():
     group = add_model_flags(parser)
     group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
-    group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored picture")
+    group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the table there")
-    output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="pictures of the N lowest scores (0)")
-    output.add_argument("--out", metavar="DIR", default="outputs", help="where pictures go (outputs)")
+    output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="images of the N lowest scores (0)")
+    output.add_argument("--out", metavar="DIR", default="outputs", help="where images go (outputs)")
     return parser
 
 
@@ -359,7 +359,7 @@ def main(argv=()):
     sizes = measure_speed(rows, networks, pairs, device, dtype)
     print(f"speed: batch 1, {describe_device(device, dtype)}, median of interleaved runs\n")
     print_table(rows, pairs.classes, sizes)
-    print(f"pictures: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
+    print(f"images: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
         content = {"split": args.split, "pairs": len(pairs), "device": device.type, "models": rows}
         write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -387,7 +387,7 @@ def build_rows(args, paths, loaded, device, dtype):
 
 
 def score_rows(args, rows, networks, pairs, dtype):
-    """One pass over the split for all rows; fills in the scores and writes the pictures."""
+    """One pass over the split for all rows; fills in the scores and writes the images."""
     classes = pairs.classes
     matrices, lowest, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
     ensemble = next((k for k, row in enumerate(rows) if row["name"] == "ensemble"), None)
@@ -401,16 +401,16 @@ def score_rows(args, rows, networks, pairs, dtype):
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
         name = "".join(c if c.isalnum() else "_" for c in row["name"])
-        save_picture(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
+        save_image(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
         worst = sorted(lowest[k])[:args.save_worst]
         for (score, n), (_, _, (labels,)) in zip(worst, label_split([networks[k]], pairs, dtype, numbers=[n for _, n in worst]), strict=True):
-            save_picture(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, labels.cpu()))
+            save_image(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, labels.cpu()))
     for row, same in zip(rows, agree, strict=True) if ensemble is not None else []:
         row["to_ensemble"], row["agreement"] = row["miou"] - rows[ensemble]["miou"], same / pixels
 
 
 def measure_speed(rows, networks, pairs, device, dtype):
-    """Fills in ms and FPS of predict() at 512x512 and at what the first picture becomes; returns both (h, w)."""
+    """Fills in ms and FPS of predict() at 512x512 and at what the first image becomes; returns both (h, w)."""
     width, height = whole_size(*pairs.sizes[0], networks[0][1])
     sizes = [(512, 512), (height, width)]
     for row in rows:

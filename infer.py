@@ -1,9 +1,9 @@
-"""Labels pictures, and exports a network for use elsewhere.
+"""Labels images, and exports a network for use elsewhere.
 
     python infer.py img.png                                   # -> outputs/predictions/img_mask.png, img_overlay.png
     python infer.py folder 'more/*.jpg' --checkpoint outputs/best_student.pth --raw
     python infer.py --export student_hf                       # a Hugging Face folder (SegFormer only)
-    python infer.py --export student.onnx --shape 512x896     # uint8 NCHW pictures in, uint8 labels out
+    python infer.py --export student.onnx --shape 512x896     # uint8 NCHW images in, uint8 labels out
     python infer.py --export student.int8.onnx --calibrate DIR --data DIR
 
 From a 960x540 file to labels at 512x896: 359 ms on two CPU cores, 2.9 times as fast as transformers' pipeline with
@@ -29,8 +29,8 @@ from PIL import Image
 from torch import nn
 
 from data import (
+    IMAGES,
     MEAN,
-    PICTURES,
     STD,
     Fault,
     Pairs,
@@ -38,14 +38,14 @@ from data import (
     add_data_flags,
     command,
     find_data,
-    index_picture,
+    index_image,
     load_classes,
     normalize,
     overlay,
     progress,
     read_image,
     resized_image,
-    save_picture,
+    save_image,
     side,
     whole_image,
     whole_size,
@@ -57,14 +57,14 @@ from models import amp_dtype, freeze, load_model, predict, translate, upsampled_
 
 # ---------------------------------------------------------------------------------------------- labelling files
 def find_inputs(names):
-    """Files, folders and glob patterns -> a list of picture files; a Fault where nothing is found."""
+    """Files, folders and glob patterns -> a list of image files; a Fault where nothing is found."""
     found = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES | {".tif", ".tiff"} and not p.name.startswith("."))
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES | {".tif", ".tiff"} and not p.name.startswith("."))
             if not inside:
-                raise Fault(f"{path}: a folder without pictures ({' '.join(sorted(PICTURES))} .tif .tiff)")
+                raise Fault(f"{path}: a folder without images ({' '.join(sorted(IMAGES))} .tif .tiff)")
             found += inside
         elif path.exists():
             found.append(path)
@@ -109,15 +109,15 @@ def label_files(args, model, meta, device, dtype):
             continue
         labels = predict(model, whole_image(image, args.size or meta["size"]), image.size[::-1], dtype)[0].cpu().numpy()
         milliseconds.append(1000 * (time.perf_counter() - start))
-        pictures = {"_mask.png": index_picture(labels, classes)}
+        outputs = {"_mask.png": index_image(labels, classes)}
         if not args.no_overlay:
-            pictures["_overlay.png"] = overlay(image, labels, classes)
+            outputs["_overlay.png"] = overlay(image, labels, classes)
         if args.raw:
-            pictures["_ids.png"] = Image.fromarray(ids[labels])
-        for ending, picture in pictures.items():
-            save_picture(out / f"{stem}{ending}", picture)
+            outputs["_ids.png"] = Image.fromarray(ids[labels])
+        for ending, output in outputs.items():
+            save_image(out / f"{stem}{ending}", output)
     if milliseconds:
-        print(f"{len(milliseconds)} pictures labelled in {out}, {np.median(milliseconds):.0f} ms a picture from file to labels ({device.type})")
+        print(f"{len(milliseconds)} images labelled in {out}, {np.median(milliseconds):.0f} ms an image from file to labels ({device.type})")
     if skipped:
         raise Fault(f"{skipped} of {len(inputs)} files were skipped, named above", status=1)
 
@@ -140,12 +140,12 @@ def export_folder(model, meta, folder, height, width):
     except OSError as error:
         raise Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
     print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in pipeline('image-segmentation'), "
-          f"pictures as {height}x{width}")
+          f"images as {height}x{width}")
 
 
 # ---------------------------------------------------------------------------------------------- ONNX
 class Labeller(nn.Module):
-    """A network with all that belongs to it inside: uint8 (B, 3, H, W) RGB pictures -> uint8 (B, H, W) class indices."""
+    """A network with all that belongs to it inside: uint8 (B, 3, H, W) RGB images -> uint8 (B, H, W) class indices."""
 
     def __init__(self, model):
         super().__init__()
@@ -211,10 +211,10 @@ def quantize(path, target, images):
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "ready.onnx"
         importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
-        kept = [node.name for node in onnx.load(ready).graph.node if node.op_type in ("MatMul", "Softmax", "LayerNormalization")]
+        floats = [node.name for node in onnx.load(ready).graph.node if node.op_type in ("MatMul", "Softmax", "LayerNormalization")]
         quantization.quantize_static(str(ready), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
                                      activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-                                     nodes_to_exclude=kept)
+                                     nodes_to_exclude=floats)
 
 
 def compare(pairs, rows, height, width):
@@ -222,8 +222,8 @@ def compare(pairs, rows, height, width):
     classes = pairs.classes
     matrices = {name: torch.zeros(len(classes), len(classes), dtype=torch.int64) for name in rows}
     for n in range(len(pairs)):
-        picture, mask = pairs.read(n)
-        image, target = resized_image(picture, width, height), torch.from_numpy(mask)
+        stored, mask = pairs.read(n)
+        image, target = resized_image(stored, width, height), torch.from_numpy(mask)
         for name, (labels, _) in rows.items():
             small = labels(image)[0].float()[None, None]                             # labels at the input's size
             full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
@@ -256,12 +256,12 @@ def export(args, model, meta):
         export_onnx(frozen, target, (height, width), shape is None)
         return
     if not args.calibrate:
-        raise Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of pictures like those to come")
+        raise Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of images like those to come")
     if not shape:
         raise Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
     pairs = Pairs(find_data(args.data), args.split, meta["classes"], args.masks)     # everything is read before anything is written
-    pictures = find_inputs([args.calibrate])
-    images = [resized_image(read_image(p), width, height).numpy() for p in pictures[::max(1, len(pictures) // 64)][:64]]
+    files = find_inputs([args.calibrate])
+    images = [resized_image(read_image(p), width, height).numpy() for p in files[::max(1, len(files) // 64)][:64]]
     rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "fp32.onnx"
@@ -278,7 +278,7 @@ def export(args, model, meta):
 @torch.no_grad()
 def main(argv=()):
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python infer.py drive/*.png --out labels --raw")
-    parser.add_argument("inputs", nargs="*", metavar="PICTURE", help="files, folders, patterns")
+    parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     group = add_model_flags(parser)
     group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="(outputs/best_student.pth)")
     group.add_argument("--size", type=side, help="shorter side that the network sees, pixels (that of training)")
@@ -290,11 +290,11 @@ def main(argv=()):
     data.add_argument("--split", default="val", help="what an int8 export is compared on (val)")
     away = parser.add_argument_group("export")
     away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
-    away.add_argument("--shape", metavar="HxW|dynamic", help="sides of the exported input (what a 960x540 picture is in training; 512x896 at 512)")
-    away.add_argument("--calibrate", metavar="DIR", help="pictures for 8 bits")
+    away.add_argument("--shape", metavar="HxW|dynamic", help="sides of the exported input (what a 960x540 image is in training; 512x896 at 512)")
+    away.add_argument("--calibrate", metavar="DIR", help="images for 8 bits")
     args = parser.parse_args(argv)
     if not args.inputs and not args.export:
-        raise Fault("nothing to do: name pictures, or --export TARGET")
+        raise Fault("nothing to do: name images, or --export TARGET")
     device = pick_device("cpu" if args.export else args.device)
     model, meta = load_model(args.checkpoint, args.arch, load_classes(args.classes) if args.classes or args.arch else None)
     if args.export:

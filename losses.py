@@ -62,9 +62,9 @@ def soft_loss(z, teacher, mask, T, valid=None):
     return loss.clamp(0, SOFT_LIMIT), met, (loss.detach() > SOFT_LIMIT)
 
 
-def channel_loss(z, teacher, mask, T=4.0):
+def cwd_loss(z, teacher, mask, T=4.0):
     """Channel-wise distillation (CWD, Shu et al. 2021, section 3.2): T^2 * KL of each class map's softmax over its
-    valid cells, mean over pictures and classes. log_softmax in float32: softmax().log() gives NaN in half precision."""
+    valid cells, mean over images and classes. log_softmax in float32: softmax().log() gives NaN in half precision."""
     keep = (small_mask(mask) != IGNORE).flatten(1)[:, None]                          # (B, 1, h*w)
     out = torch.finfo(torch.float32).min / 4
     log_s = (z.float() / T).flatten(2).masked_fill(~keep, out).log_softmax(2)        # (B, C, h*w)
@@ -90,13 +90,13 @@ def feature_loss(stages, teacher_stages):
 
 
 def attention_map(stage):
-    """(B, width, h, w) -> (B, h*w): the energy at each position, of unit length a picture."""
+    """(B, width, h, w) -> (B, h*w): the energy at each position, of unit length an image."""
     return F.normalize(stage.float().square().mean(1).flatten(1), dim=1)
 
 
 def attention_loss(stages, teacher_stages):
     """Attention transfer (Zagoruyko and Komodakis 2017, equation 2): the squared distance of normalised energy maps,
-    summed over positions, mean over pictures and stages. Widths may differ; sizes are aligned to the student's."""
+    summed over positions, mean over images and stages. Widths may differ; sizes are aligned to the student's."""
     total = 0.0
     for s, t in zip(stages, teacher_stages, strict=True):
         energy = resized(t.float().square().mean(1, keepdim=True), s).sqrt()         # one channel with the same energy

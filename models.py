@@ -1,4 +1,4 @@
-"""The networks, their checkpoints, the ensemble, and predict(): the one way from a picture to labels.
+"""The networks, their checkpoints, the ensemble, and predict(): the one way from an image to labels.
 
     model = build("segformer-b1", classes); z = model(x)                # (B, 3, H, W) -> (B, C, h, w) logits at stride 4
     model, meta = load_model("outputs/best_student.pth")                # rebuilt from the checkpoint alone
@@ -376,9 +376,9 @@ class Ensemble(nn.Module):
 
 @torch.no_grad()
 def logits(model, image, dtype=None, flip=False):
-    """Whole pictures (see data.whole_image), uint8 (B, 3, h, w) -> (B, C, h/4, w/4) float32 logits on the model's device.
+    """Whole images (see data.whole_image), uint8 (B, 3, h, w) -> (B, C, h/4, w/4) float32 logits on the model's device.
 
-    `flip`: the mean over the picture and its mirror image."""
+    `flip`: the mean over the image and its mirror image."""
     x = normalize(image.to(next(model.parameters()).device, non_blocking=True))
     with autocast(x.device, dtype):
         z = model(x).float()
@@ -391,6 +391,6 @@ def upsampled_labels(z, size):
 
 
 def predict(model, image, size, dtype=None, flip=False):
-    """Whole pictures, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W): the one path of
+    """Whole images, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W): the one path of
     validation, evaluate.py and infer.py, so that their labels are equal."""
     return upsampled_labels(logits(model, image, dtype, flip), size)

@@ -165,7 +165,7 @@ def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of, capsys):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "LA", "1"])
-def test_pictures_of_any_mode_load_as_rgb(mode, tmp_path):
+def test_images_of_any_mode_load_as_rgb(mode, tmp_path):
     values = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
     if mode == "I;16":
         image = Image.fromarray(values.astype(np.uint16) * 257)
@@ -181,7 +181,7 @@ def test_pictures_of_any_mode_load_as_rgb(mode, tmp_path):
         assert abs(loaded[..., 1] - values).max() <= 6
 
 
-def test_exif_rotated_picture_loads_upright(tmp_path):
+def test_exif_rotated_image_loads_upright(tmp_path):
     image = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6                                          # turn clockwise by 90 degrees to see it upright
@@ -194,12 +194,12 @@ def test_scan_is_reused_until_a_file_changes(copy_of, tmp_path, monkeypatch):
     kept, calls = tmp_path / "scan.json", []
     once = data.scan_pair
     monkeypatch.setattr(data, "scan_pair", lambda pair: calls.append(pair) or once(pair))
-    first = data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    first = data.Pairs(copy_of, "train", data.DESERT, scan_file=kept)
     assert len(calls) == 12
-    second = data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    second = data.Pairs(copy_of, "train", data.DESERT, scan_file=kept)
     assert len(calls) == 12 and torch.equal(first.counts, second.counts) and first.digest == second.digest
     os.utime(first.pairs[3][1], (1, 1))
-    data.Pairs(copy_of, "train", data.DESERT, kept=kept)
+    data.Pairs(copy_of, "train", data.DESERT, scan_file=kept)
     assert len(calls) == 13
 
 
@@ -210,7 +210,7 @@ def test_whole_size():
     assert data.whole_size(100, 100, 64) == (64, 64)
 
 
-def test_identity_affine_reproduces_picture_and_mask(pairs):
+def test_identity_affine_reproduces_image_and_mask(pairs):
     whole = np.eye(2, 3)
     image, mask = pairs.crop(0, 96, whole)
     stored = np.asarray(data.read_image(pairs.pairs[0][0]))
@@ -238,8 +238,8 @@ def test_random_affine_keeps_scale_and_place():
     assert 0.5 <= min(seen) < 0.6 and 1.9 < max(seen) <= 2.0
 
 
-def test_picture_and_mask_move_together(tmp_path):
-    """A picture that is its own mask: after any random map, colours and labels still agree."""
+def test_image_and_mask_move_together(tmp_path):
+    """An image that is its own mask: after any random map, colours and labels still agree."""
     rng = np.random.default_rng(1)
     labels = np.kron(rng.integers(0, 10, (9, 16)), np.ones((24, 24), int)).astype(np.uint8)
     for part in ("Color_Images", "Segmentation"):
@@ -359,7 +359,7 @@ def test_soft_loss_equals_torchs_kl_div_and_ignores_size():
 
 
 @pytest.mark.parametrize("function", [
-    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.channel_loss,
+    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.cwd_loss,
     lambda z, t, mask: losses.hard_loss(z, mask, torch.ones(4)) + 0 * t.sum()])
 def test_ignored_pixels_give_no_gradient(function):
     torch.manual_seed(2)
@@ -371,7 +371,7 @@ def test_ignored_pixels_give_no_gradient(function):
 
 
 @pytest.mark.parametrize("function", [
-    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.channel_loss,
+    lambda z, t, mask: losses.soft_loss(z, t, mask, 2.0)[0], losses.cwd_loss,
     lambda z, t, mask: losses.feature_loss([z], [t]), lambda z, t, mask: losses.attention_loss([z], [t])])
 def test_distillation_of_a_model_against_itself_is_zero(function):
     z = torch.randn(2, 4, 8, 8)
@@ -384,9 +384,9 @@ def test_losses_are_finite_in_half_precision(dtype, scale):
     torch.manual_seed(3)
     z, t = (scale * torch.randn(2, 4, 8, 8)).to(dtype).requires_grad_(), (scale * torch.randn(2, 4, 8, 8)).to(dtype)
     mask = torch.randint(0, 4, (2, 32, 32))
-    mask[0] = 255                                             # one picture without a valid pixel
+    mask[0] = 255                                             # one image without a valid pixel
     soft, met, _ = losses.soft_loss(z, t, mask, 2.0)
-    total = soft + losses.channel_loss(z, t, mask) + losses.hard_loss(z, mask, torch.ones(4))
+    total = soft + losses.cwd_loss(z, t, mask) + losses.hard_loss(z, mask, torch.ones(4))
     total = total + losses.feature_loss([z], [t]) + losses.attention_loss([z], [t])
     total.backward()
     assert total.dtype == torch.float32 and total.isfinite() and z.grad.isfinite().all() and (met > 0) == (scale > 1)
@@ -403,15 +403,15 @@ def test_soft_loss_counts_what_its_clamps_meet():
     assert losses.soft_loss(z[:, :, :1], t[:, :, :1], torch.zeros(1, 4, 4, dtype=torch.long), 3.0)[2]
 
 
-def test_channel_loss_by_hand():
+def test_cwd_loss_by_hand():
     """One class map of two cells: softmax over cells at T 4 gives 3/4, 1/4 against 1/2, 1/2."""
     t = torch.tensor([4 * math.log(3), 0.0]).view(1, 1, 1, 2)
-    loss = losses.channel_loss(torch.zeros(1, 1, 1, 2), t, torch.zeros(1, 4, 8, dtype=torch.long))
+    loss = losses.cwd_loss(torch.zeros(1, 1, 1, 2), t, torch.zeros(1, 4, 8, dtype=torch.long))
     assert loss.item() == pytest.approx(16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), rel=1e-5)
     third = torch.cat([t, torch.full((1, 1, 1, 1), 50.0)], 3)                        # an ignored third cell changes nothing
     mask = torch.zeros(1, 4, 12, dtype=torch.long)
     mask[..., 8:] = 255
-    assert losses.channel_loss(torch.zeros(1, 1, 1, 3), third, mask).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert losses.cwd_loss(torch.zeros(1, 1, 1, 3), third, mask).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_feature_and_attention_loss_by_hand():
@@ -524,9 +524,9 @@ def test_bare_state_dict_loads_with_arch(tmp_path, fails, scenes):
     torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "bare.pth")
     loaded, _ = models.load_model(tmp_path / "bare.pth", "segformer-b0", data.DESERT)
     assert states_equal(loaded.state_dict(), model.state_dict())
-    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
-    fails(infer.main, [picture, "--checkpoint", str(tmp_path / "bare.pth")], "--arch segformer-b0")
-    fails(infer.main, [picture, "--checkpoint", str(tmp_path / "bare.pth"), "--arch", "deeplab"], "holds segformer-b0, not deeplab")
+    image = str(next((scenes / "val" / "Color_Images").iterdir()))
+    fails(infer.main, [image, "--checkpoint", str(tmp_path / "bare.pth")], "--arch segformer-b0")
+    fails(infer.main, [image, "--checkpoint", str(tmp_path / "bare.pth"), "--arch", "deeplab"], "holds segformer-b0, not deeplab")
 
 
 def test_folder_of_mit_weights_arrives_whole(tmp_path, fails, scenes):
@@ -712,12 +712,12 @@ def halves(batch):
 
 
 def kd_loss_for_tests(weight):
-    """Hard and soft loss against fixed logits made from the picture itself."""
+    """Hard and soft loss against fixed logits made from the image itself."""
     def loss(forward, batch, fraction):
         z = forward(batch.image)
         t = F.avg_pool2d(batch.image, 4).repeat(1, 4, 1, 1)[:, :10]
         hard, soft = losses.hard_loss(z, batch.mask, weight, batch.weight_sum), losses.soft_loss(z, t, batch.mask, 2.0, batch.valid)[0]
-        return hard + soft + losses.channel_loss(z, t, batch.mask) * batch.share, {"hard": hard, "soft": soft}
+        return hard + soft + losses.cwd_loss(z, t, batch.mask) * batch.share, {"hard": hard, "soft": soft}
     return loss
 
 
@@ -1086,7 +1086,7 @@ def test_processes_agree_on_the_step_at_which_a_signal_to_one_stops_them(scenes,
 # ---------------------------------------------------------------------------------------------- the teacher cache
 @pytest.fixture
 def squares(tmp_path):
-    """Square pictures whose whole is the crop, so that the identity map shows teachers the same pixels either way."""
+    """Square images whose whole is the crop, so that the identity map shows teachers the same pixels either way."""
     for n in range(4):
         image, mask = data.draw_scene(n, 96, 96)
         for part, content in (("Color_Images", image), ("Segmentation", Image.fromarray(mask))):
@@ -1119,7 +1119,7 @@ def test_cache_under_the_identity_equals_the_teachers_online(squares, tmp_path):
 
 
 def test_cached_maps_follow_the_samples_own_matrix(squares, tmp_path):
-    """A map of picture coordinates, warped: cell centres arrive where the matrix says."""
+    """A map of image coordinates, warped: cell centres arrive where the matrix says."""
     cache = distill.Cache(tmp_path, {}, squares, 96)
     cache.open(train_teacher.World(0, 1, torch.device("cpu")))
     y, x = np.meshgrid((np.arange(24) + 0.5) * 4, (np.arange(24) + 0.5) * 4, indexing="ij")
@@ -1159,7 +1159,7 @@ def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained,
     argv = ["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "3", "--teachers", *trained[1], "--cache-teachers"]
     _, history = distill.main(argv)
     said = capsys.readouterr().out
-    assert "teacher cache: 12 of 12 pictures" in said and "MB" in said and "minutes" in said
+    assert "teacher cache: 12 of 12 images" in said and "MB" in said and "minutes" in said
     online = distill.main([*(a for a in argv if a != "--cache-teachers"), "--out", str(tmp_path / "online")])[1]
     assert history[0]["soft"] == pytest.approx(online[0]["soft"], rel=0.5) and history[0]["hard"] == pytest.approx(online[0]["hard"], rel=0.1)
 
@@ -1176,7 +1176,7 @@ def test_bench_prints_every_piece_and_ratio(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_host_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
+def test_host_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """Anonymous memory of one process over 5,000 small pairs, after the first 1,000 and at the end."""
     for part in ("Color_Images", "Segmentation"):
         (tmp_path / "train" / part).mkdir(parents=True)
@@ -1219,7 +1219,7 @@ def test_scores_by_hand_and_as_scikit_learn():
     assert [v for v in scores["iou"].values() if v is not None] == pytest.approx(list(metrics.jaccard_score(t, p, labels=[0, 1, 3], average=None)))
 
 
-def test_one_matrix_for_the_split_equals_the_sum_over_pictures(trained, scenes):
+def test_one_matrix_for_the_split_equals_the_sum_over_images(trained, scenes):
     model, _ = models.load_model(trained[0] / "best_student.pth")
     split = data.Pairs(scenes, "val", data.DESERT)
     whole = evaluate.evaluate(model, split, 64)
@@ -1233,7 +1233,7 @@ def test_one_matrix_for_the_split_equals_the_sum_over_pictures(trained, scenes):
     assert torch.equal(parts, whole)
 
 
-def test_evaluate_writes_the_table_json_and_pictures(trained, scenes, tmp_path, capsys):
+def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, capsys):
     out, teachers, *_ = trained
     argv = [*teachers, str(out / "best_student.pth"), "--data", str(scenes), "--ensemble", "--teacher-weights", "2:1", "--tta", "flip",
             "--out", str(tmp_path), "--json", str(tmp_path / "scores.json"), "--save-worst", "2", "--amp", "off", "--workers", "0", "--device", "cpu"]
@@ -1312,13 +1312,13 @@ def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_pa
     infer.main([str(scenes / "val" / "Color_Images"), "--checkpoint", checkpoint, "--out", str(tmp_path), "--raw", "--device", "cpu"])
     rows = evaluate.main([checkpoint, "--data", str(scenes), "--out", str(tmp_path), "--workers", "0", "--device", "cpu"])
     split, matrix = data.Pairs(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
-    for n, (picture, _) in enumerate(split.pairs):
-        with Image.open(tmp_path / f"{picture.stem}_mask.png") as image:
+    for n, (path, _) in enumerate(split.pairs):
+        with Image.open(tmp_path / f"{path.stem}_mask.png") as image:
             labels = torch.from_numpy(np.array(image))
             assert image.mode == "P" and image.size == (192, 108) and image.getpalette()[27:30] == data.DESERT[9]["color"]
-        ids = np.asarray(Image.open(tmp_path / f"{picture.stem}_ids.png"))
+        ids = np.asarray(Image.open(tmp_path / f"{path.stem}_ids.png"))
         assert np.array_equal(ids, np.array([c["id"] for c in data.DESERT])[labels.numpy()])
-        assert Image.open(tmp_path / f"{picture.stem}_overlay.png").size == (192, 108)
+        assert Image.open(tmp_path / f"{path.stem}_overlay.png").size == (192, 108)
         matrix += evaluate.confusion(labels, torch.from_numpy(split.read(n)[1]), 10)
     assert evaluate.summary(matrix, data.DESERT)["iou"] == rows[0]["iou"]
 
@@ -1330,7 +1330,7 @@ def test_inputs_of_every_kind_and_bad_files_are_skipped(trained, scenes, tmp_pat
     image.convert("L").save(tmp_path / "in" / "b.tif")
     image.convert("RGBA").save(tmp_path / "in" / "c.webp")
     image.save(tmp_path / "in" / "sub" / "a.jpg")
-    (tmp_path / "in" / "broken.png").write_text("no picture")
+    (tmp_path / "in" / "broken.png").write_text("no image")
     common = ["--checkpoint", str(trained[0] / "best_student.pth"), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         infer.main([str(tmp_path / "in"), str(tmp_path / "in" / "*" / "*.jpg"), *common, "--out", str(tmp_path / "out")])
@@ -1475,7 +1475,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def picture(*size):
+def blank(*size):
     return lambda path: Image.new("RGB", size).save(path)
 
 
@@ -1504,12 +1504,12 @@ def four_bits():
 
 FOUR_BITS = four_bits()
 BAD_DATA = {
-    "empty split": (empty, ["holds no pictures"]),
+    "empty split": (empty, ["holds no images"]),
     "no mask": (first("Segmentation", Path.unlink), ["scene0000.png", "no partner", "Segmentation"]),
-    "no picture": (first("Color_Images", Path.unlink), ["scene0000.png", "no partner", "Color_Images"]),
+    "no image": (first("Color_Images", Path.unlink), ["scene0000.png", "no partner", "Color_Images"]),
     "zero bytes": (first("Color_Images", lambda p: p.write_bytes(b"")), ["scene0000.png", "cannot be read", "replace"]),
     "zero bytes mask": (first("Segmentation", lambda p: p.write_bytes(b"")), ["scene0000.png", "cannot be read"]),
-    "truncated picture": (first("Color_Images", truncate), ["scene0000.png", "damaged picture"]),
+    "truncated image": (first("Color_Images", truncate), ["scene0000.png", "damaged image"]),
     "truncated mask": (first("Segmentation", truncate), ["scene0000.png", "damaged mask"]),
     "text as png": (first("Color_Images", lambda p: p.write_text("hello")), ["scene0000.png", "cannot be read"]),
     "rgb mask": (first("Segmentation", lambda p: Image.open(p).convert("L").convert("RGB").save(p)), ["scene0000.png", "mode RGB", "greyscale"]),
@@ -1522,9 +1522,9 @@ BAD_DATA = {
     "unknown ids only": (change_masks(lambda m: (m + 20000).astype(np.uint16)), ["no class table entry", "--classes"]),
     "mask of another size": (first("Segmentation", lambda p: Image.open(p).crop((0, 0, 100, 100)).save(p)), ["scene0000.png", "100x100", "192x108"]),
     "turned by exif": (first("Color_Images", turned), ["scene0000", "EXIF", "108x192"]),
-    "1x1 picture": (first("Color_Images", picture(1, 1)), ["scene0000.png", "1x1"]),
-    "1x5000 picture": (first("Color_Images", picture(1, 5000)), ["scene0000.png", "1x5000"]),
-    "aspect above 8": (first("Color_Images", picture(900, 100)), ["scene0000.png", "aspect"]),
+    "1x1 image": (first("Color_Images", blank(1, 1)), ["scene0000.png", "1x1"]),
+    "1x5000 image": (first("Color_Images", blank(1, 5000)), ["scene0000.png", "1x5000"]),
+    "aspect above 8": (first("Color_Images", blank(900, 100)), ["scene0000.png", "aspect"]),
     "two of one stem": (first("Color_Images", lambda p: shutil.copy(p, p.with_suffix(".bmp"))), ["scene0000", "same stem"]),
     "no folder": (lambda d: shutil.rmtree(d / "val"), ["val", "No such file"]),
     "dangling link": (first("Color_Images", lambda p: (p.unlink(), p.symlink_to("nowhere"))), ["scene0000.png", "No such file"]),
@@ -1574,16 +1574,16 @@ BAD_FLAGS = {
     "no checkpoints": (evaluate.main, ["nowhere.pth"], ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (evaluate.main, ["DEEPLAB", "--ensemble", "--teacher-weights", "1:2"], ["--teacher-weights 1:2"]),
     "no such split": (evaluate.main, ["DEEPLAB", "--split", "nowhere"], ["nowhere"]),
-    "no such picture": (infer.main, ["nowhere.png", "--checkpoint", "DEEPLAB"], ["nowhere.png"]),
-    "no picture at all": (infer.main, [], ["nothing to do"]),
+    "no such image": (infer.main, ["nowhere.png", "--checkpoint", "DEEPLAB"], ["nowhere.png"]),
+    "no image at all": (infer.main, [], ["nothing to do"]),
     "shape": (infer.main, ["--export", "a.onnx", "--shape", "100x100", "--checkpoint", "DEEPLAB"], ["--shape 100x100"]),
-    "int8 with no such pictures": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "nowhere",
+    "int8 with no such images": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "nowhere",
                                                 "--data", "SCENES"], ["nowhere"]),
     "int8 with no such split": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "SCENES",
                                              "--data", "SCENES", "--split", "zz"], ["zz"]),
     "name too long": (infer.main, [300 * "a" + ".png", "--checkpoint", "DEEPLAB"], ["aaa"]),
-    "int8 without pictures": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
-    "folder without pictures": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without pictures"]),
+    "int8 without images": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
+    "folder without images": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without images"]),
 }
 
 
@@ -1630,9 +1630,9 @@ def test_pickle_with_code_is_refused_without_running_it(tmp_path, scenes, fails)
     with open(tmp_path / "evil.pth", "wb") as file:
         pickle.dump({"model_state_dict": Payload(tmp_path / "ran")}, file)
     torch.save({"model_state_dict": Payload(tmp_path / "ran")}, tmp_path / "evil2.pth")
-    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    image = str(next((scenes / "val" / "Color_Images").iterdir()))
     for name in ("evil.pth", "evil2.pth"):
-        fails(infer.main, [picture, "--checkpoint", str(tmp_path / name)], name, "not run")
+        fails(infer.main, [image, "--checkpoint", str(tmp_path / name)], name, "not run")
     assert not (tmp_path / "ran").exists()
 
 
@@ -1644,14 +1644,14 @@ def test_bad_checkpoints_are_one_line(trained, tmp_path, scenes, fails):
     content = torch.load(good, weights_only=True)
     torch.save({**content, "arch": "deeplab"}, tmp_path / "arch.pth")
     torch.save({**content, "classes": data.DESERT[:5]}, tmp_path / "classes.pth")
-    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
+    image = str(next((scenes / "val" / "Color_Images").iterdir()))
     for name, word in (("cut.pth", "damaged"), ("text.pth", "no checkpoint"), ("dict.pth", "no state dict"),
                        ("arch.pth", "holds segformer-b1, not deeplab"), ("classes.pth", "10 classes, the class table 5")):
-        fails(infer.main, [picture, "--checkpoint", str(tmp_path / name)], name, word)
+        fails(infer.main, [image, "--checkpoint", str(tmp_path / name)], name, word)
         fails(evaluate.main, [str(tmp_path / name), "--data", str(scenes)], name, word)
 
 
-def test_picture_above_pillows_limit_is_one_line(copy_of, tmp_path, monkeypatch, fails):
+def test_image_above_pillows_limit_is_one_line(copy_of, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)    # Pillow warns above it and refuses twice as much
     fails(train_teacher.main, ["--data", str(copy_of), *B0, "--out", str(tmp_path / "o")], "scene", "pixels", "Pillow's limit")
 
@@ -1678,8 +1678,8 @@ def test_unreadable_folder_is_one_line(scenes, tmp_path, monkeypatch, fails):
 def test_unusable_out_is_one_line(scenes, trained, tmp_path, fails):
     (tmp_path / "file").write_text("")
     student = str(trained[0] / "best_student.pth")
-    picture = str(next((scenes / "val" / "Color_Images").iterdir()))
-    fails(infer.main, [picture, "--checkpoint", student, "--out", str(tmp_path / "file")], "file", "cannot be written", status=1)
+    image = str(next((scenes / "val" / "Color_Images").iterdir()))
+    fails(infer.main, [image, "--checkpoint", student, "--out", str(tmp_path / "file")], "file", "cannot be written", status=1)
     fails(infer.main, ["--export", str(tmp_path / "file"), "--checkpoint", student], "is a file")
     fails(data.main, ["--data", str(scenes), "--out", str(tmp_path / "file")], "file", "cannot be written", status=1)
     fails(train_teacher.main, ["--data", str(scenes), *B0, "--out", str(tmp_path / "file" / "sub")], "--out", "choose another folder")
@@ -1753,7 +1753,7 @@ def test_real_pairs_train_and_score(tmp_path):
 
 @real
 @pytest.mark.slow
-def test_real_pictures_through_every_script(tmp_path, capsys):
+def test_real_images_through_every_script(tmp_path, capsys):
     """DeepLab, SegFormer-B0 and a cached B1 for a few steps, their table with the ensemble, labels and an export."""
     out, common = tmp_path / "out", ["--data", REAL, *TINY, "--steps", "10"]
     train_teacher.main(["--arch", "deeplab", *common, "--out", str(out)])
@@ -1764,8 +1764,8 @@ def test_real_pictures_through_every_script(tmp_path, capsys):
     student = str(out / "best_student.pth")
     rows = evaluate.main([*teachers, student, "--data", REAL, "--ensemble", "--out", str(out)])
     assert [row["name"] for row in rows] == ["deep_lab", "segformer-b0", "best_student", "ensemble"] and rows[0]["iou"]["Sky"] > 0.3
-    picture = data.find_pairs(REAL, "val")[0][0]
-    infer.main([str(picture), "--checkpoint", student, "--out", str(out / "p")])
-    assert Image.open(out / "p" / f"{picture.stem}_mask.png").size == (960, 540)
+    path = data.find_pairs(REAL, "val")[0][0]
+    infer.main([str(path), "--checkpoint", student, "--out", str(out / "p")])
+    assert Image.open(out / "p" / f"{path.stem}_mask.png").size == (960, 540)
     infer.main(["--export", str(out / "hf"), "--checkpoint", student])
     assert transformers.AutoModelForSemanticSegmentation.from_pretrained(out / "hf").config.id2label[9] == "Sky"

@@ -49,14 +49,14 @@ from data import (
     loader,
     number,
     sampling_weights,
-    save_picture,
+    save_image,
     side,
     to_device,
     write_atomic,
 )
 from evaluate import NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
 from losses import hard_loss, valid_of, weight_of
-from models import amp_dtype, autocast, build, freeze, full_name, memory_format, read_file, save_model
+from models import amp_dtype, autocast, build, freeze, memory_format, read_file, save_model
 
 COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
 SLOW = 10                                        # steps between two looks at what lies on the device
@@ -66,13 +66,13 @@ SLOW = 10                                        # steps between two looks at wh
 def add_train_flags(parser):
     """The flags that train_teacher.py and distill.py share."""
     data = add_data_flags(parser)
-    data.add_argument("--size", type=side, default=512, help="side of a crop, shorter side of a whole picture, pixels (512)")
+    data.add_argument("--size", type=side, default=512, help="side of a crop, shorter side of a whole image, pixels (512)")
     data.add_argument("--workers", type=number(int, 0, 256), default=min(4, cores()), help="processes that read files (up to 4)")
-    data.add_argument("--rare-class-sampling", action="store_true", help="draw pictures that hold rare classes more often (DAFormer)")
+    data.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs (50)")
     train.add_argument("--steps", type=number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
-    train.add_argument("--batch-size", type=number(int, 1), default=8, help="pictures a process and forward (8)")
+    train.add_argument("--batch-size", type=number(int, 1), default=8, help="images a process and forward (8)")
     train.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
     train.add_argument("--lr", type=number(float, 0, 1, open_low=True), default=6e-5, help="AdamW rate of the encoder, the head has ten times it (6e-5)")
     train.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median", help="of the hard loss (median frequency)")
@@ -224,10 +224,10 @@ def backward(job, batches, step, fraction):
     return total
 
 
-def update(job, kept):
+def update(job, buffers):
     """Clips, then one optimizer step that a gradient norm which is not finite suppresses, all on the device.
 
-    `kept`: copies of the BatchNorm buffers from before the step, put back in that case. Returns whether it was finite."""
+    `buffers`: copies of BatchNorm's from before the step, put back in that case. Returns whether it was finite."""
     optimizer = job.optimizer
     job.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -236,7 +236,7 @@ def update(job, kept):
     optimizer.step()
     if job.scaler.is_enabled():
         job.scaler.update()
-    for buffer, old in zip(job.model.buffers(), kept, strict=True):
+    for buffer, old in zip(job.model.buffers(), buffers, strict=True):
         buffer.copy_(old.where(~finite, buffer))
     optimizer.zero_grad(set_to_none=True)
     return finite
@@ -246,9 +246,9 @@ def train_step(job, batches, step, total, sums):
     """One step, and its figures added to `sums` on the device. Returns (parts of the loss, whether it was finite)."""
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, total, group["peak"])
-    kept = [buffer.clone() for buffer in job.model.buffers()]
+    buffers = [buffer.clone() for buffer in job.model.buffers()]
     parts = backward(job, batches, step, step / max(1, total - 1))
-    finite = update(job, kept)
+    finite = update(job, buffers)
     exact = torch.float32 if job.world.device.type == "mps" else torch.float64
     values = torch.stack([v.to(exact) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=exact, device=finite.device)
                           for v in parts.values()])
@@ -386,9 +386,9 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
 # ---------------------------------------------------------------------------------------------- what can go wrong
 def check_batch(args, arch, pairs, global_batch):
     if arch == "deeplab" and args.batch_size < 2:
-        raise Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 pictures a forward")
+        raise Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
     if global_batch > pairs:
-        raise Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} pictures "
+        raise Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} images "
                     f"(x --accumulate x processes), the training split holds {pairs}; lower it")
 
 
@@ -406,7 +406,7 @@ def out_of_memory(args):
 def nonfinite_fault(name, step, parts, micro, train, path):
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
     files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
-    return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; pictures {files}); lower --lr or "
+    return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); lower --lr or "
                  f"use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
 
 
@@ -434,17 +434,17 @@ def find_state(path, best, settings, overwrite):
 
 def restore(job, state, extras):
     """Puts a state's weights, moments and scaler back; returns its sums, which only the first process holds."""
-    kept, world = state["training"], job.world
+    training, world = state["training"], job.world
     job.model.load_state_dict(state["model_state_dict"])
-    if not kept["done"]:
-        job.optimizer.load_state_dict(kept["optimizer"])
-        job.scaler.load_state_dict(kept["scaler"])
+    if not training["done"]:
+        job.optimizer.load_state_dict(training["optimizer"])
+        job.scaler.load_state_dict(training["scaler"])
         if extras is not None:
-            extras.load_state_dict(kept["extras"])
-    if not kept["sums"]:
+            extras.load_state_dict(training["extras"])
+    if not training["sums"]:
         return {}
-    values = kept["sums"]["values"].to(world.device)
-    return {"names": kept["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
+    values = training["sums"]["values"].to(world.device)
+    return {"names": training["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -459,7 +459,7 @@ def describe_run(name, args, model, train, val, device, dtype, world, total):
                                  "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
                     "device": describe_device(device, dtype), "machine": platform.machine(),
                     "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
-                    "size": args.size, "picture": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
+                    "size": args.size, "image_size": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
 
 
 def over_processes(sums, world):
@@ -518,7 +518,7 @@ def report(world, out, name, header, history, classes, bar):
         last = history[-1]
         parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last and last[key] != last["loss"]]    # else one line hides the other
         curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
-        save_picture(out / curves, draw_curves(history, classes, parts))
+        save_image(out / curves, draw_curves(history, classes, parts))
         figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
         bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
 
@@ -526,15 +526,15 @@ def report(world, out, name, header, history, classes, bar):
 # ---------------------------------------------------------------------------------------------- command
 def open_data(args, world, classes):
     """The two splits; counts of the training masks are kept beside the outputs. Rank 0 reads first."""
-    root, kept = find_data(args.data), Path(args.out) / "scan"
+    root, out = find_data(args.data), Path(args.out)
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
     if world.rank > 0 and world.agree(0)[0]:
         raise SystemExit(2)                                   # the first process says why
     try:
-        splits = [Pairs(root, split, classes, args.masks, f"{kept}_{split}.json") for split in ("train", "val")]
+        splits = [Pairs(root, split, classes, args.masks, out / f"scan_{split}.json") for split in ("train", "val")]
     except Fault:
         if world.rank == 0:
             world.agree(1)
@@ -557,7 +557,6 @@ def main(argv=()):
                        "dict, a folder of mit-bN, or a checkpoint (imagenet)")
     add_train_flags(parser)
     args = parser.parse_args(argv)
-    args.arch = full_name(args.arch)
     classes = load_classes(args.classes)
     with processes(args.device) as world:
         train, val = open_data(args, world, classes)
