@@ -251,7 +251,8 @@ def scan_pair(pair):
     if values.shape[::-1] != size:
         with open_image(image) as opened:
             turned = " after its EXIF rotation" if opened.getexif().get(0x0112, 1) > 1 else ""
-        raise Fault(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {image.name} has {size[0]}x{size[1]}{turned}; they must match")
+        raise Fault(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {image.name} has {size[0]}x{size[1]}{turned}; "
+                    "they must match")
     found, counts = np.unique(values, return_counts=True) if values.max() > 255 else \
         (np.arange(256), np.bincount(values.ravel(), minlength=256))
     return size, {int(v): int(n) for v, n in zip(found, counts, strict=True) if n}
@@ -332,13 +333,15 @@ def mask_form(values, names, classes, flag=None):
         as_index = [n for n, v in enumerate(values) if v <= indices and not v <= ids | {IGNORE}]
         as_id = [n for n, v in enumerate(values) if v & (ids - indices)]
         if as_index and as_id:
-            raise Fault(f"{names[as_index[0]]}: holds class indices where {Path(names[as_id[0]]).name} holds raw ids; a split must not mix them")
+            raise Fault(f"{names[as_index[0]]}: holds class indices where {Path(names[as_id[0]]).name} holds raw ids; "
+                        "a split must not mix them")
     elif not union <= ids:
         form = "indices"
     else:
         form = "ids"
         if any(classes[v]["id"] != v for v in union if v < len(classes)):
-            raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; say --masks ids or --masks indices")
+            raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; "
+                        "say --masks ids or --masks indices")
     if not union & (ids if form == "ids" else indices - {IGNORE}):
         raise Fault(f"{names[0]}: labels {sorted(union)[:8]} are in no class table entry; name the right table with --classes FILE")
     return form
@@ -575,9 +578,10 @@ def quiet_worker(_):
 
 def loader(dataset, workers, pin, batches=None):
     """A DataLoader over `batches` (a BatchSampler), or over single samples by number. Faults of workers are raised here."""
-    kind = {"batch_sampler": batches, "collate_fn": collate} if isinstance(batches, BatchSampler) else {"sampler": batches, "batch_size": None}
+    batched = {"batch_sampler": batches, "collate_fn": collate}
+    single = {"sampler": batches, "batch_size": None}
     load = DataLoader(dataset, num_workers=workers, pin_memory=pin, worker_init_fn=quiet_worker,
-                      generator=torch.Generator().manual_seed(0), **kind)
+                      generator=torch.Generator().manual_seed(0), **(batched if isinstance(batches, BatchSampler) else single))
     try:
         for item in load:
             if isinstance(item, Fault):

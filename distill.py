@@ -28,34 +28,9 @@ import torchvision
 from torch import nn
 from transformers import SegformerForSemanticSegmentation
 
+import data
 import evaluate
 import train_teacher
-from data import (
-    Batch,
-    Crops,
-    Fault,
-    Pairs,
-    Parser,
-    WholeImages,
-    class_names,
-    class_weights,
-    collate,
-    command,
-    draw_affine,
-    load_classes,
-    loader,
-    number,
-    overlay,
-    progress,
-    read_image,
-    read_mask,
-    save_image,
-    to_device,
-    whole_image,
-    whole_size,
-    write_atomic,
-    write_scenes,
-)
 from losses import attention_loss, cwd_loss, feature_loss, hard_loss, ramp, soft_loss
 from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, load_model, logits, old_key, predict
 from train_teacher import fit, open_data, processes
@@ -71,18 +46,18 @@ def parse_alpha(value):
     except ValueError:
         ends = []
     if len(ends) not in (1, 2) or not all(0 <= v <= 1 for v in ends):
-        raise Fault(f"--alpha {value}: give START:END or one number, each in 0..1, such as 0.3:0.7")
+        raise data.Fault(f"--alpha {value}: give START:END or one number, each in 0..1, such as 0.3:0.7")
     return ends[0], ends[-1]
 
 
 def make_parser():
-    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
+    parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
     group = evaluate.add_model_flags(parser, "segformer-b1")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH", help="the student's first weights; teacher: "
                        "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
     group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
     kd = parser.add_argument_group("distillation")
-    positive, share = number(float, 0, 1000, open_low=True), number(float, 0, 1e6)
+    positive, share = data.number(float, 0, 1000, open_low=True), data.number(float, 0, 1e6)
     kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
     kd.add_argument("--alpha", default="0.3:0.7", metavar="START:END", help="share of the soft losses over the run (0.3:0.7)")
     kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
@@ -91,7 +66,8 @@ def make_parser():
     kd.add_argument("--cwd", type=share, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
     kd.add_argument("--feature", type=share, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
     kd.add_argument("--attention", type=share, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
-    kd.add_argument("--cache-teachers", action="store_true", help="teachers see each whole image once; their maps are warped like the crops")
+    kd.add_argument("--cache-teachers", action="store_true",
+                    help="teachers see each whole image once; their maps are warped like the crops")
     train_teacher.add_train_flags(parser)
     whole = parser.add_argument_group("instead of a run")
     whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature, compare them")
@@ -115,8 +91,9 @@ def load_teachers(args, classes):
     paths = args.teachers or [Path(args.out) / name for name in TEACHERS]
     loaded = [load_model(path) for path in paths]
     for path, (_, meta) in zip(paths, loaded, strict=True):
-        if class_names(meta["classes"]) != class_names(classes):
-            raise Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes or train it again")
+        if data.class_names(meta["classes"]) != data.class_names(classes):
+            raise data.Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes "
+                             "or train it again")
     return paths, loaded
 
 
@@ -126,7 +103,7 @@ def start_from_teacher(student, teachers):
     fitting = [t for t in teachers if isinstance(t, SegFormer) and isinstance(student, SegFormer)
                and t.config.hidden_sizes == student.config.hidden_sizes]
     if not fitting:
-        raise Fault("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, random or a path")
+        raise data.Fault("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, random or a path")
     teacher = fitting[0]
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
@@ -194,7 +171,7 @@ class Cache:
     def __init__(self, folder, key, pairs, size):
         self.folder, self.key, self.pairs = Path(folder), train_teacher.plain(key), pairs
         classes = len(pairs.classes)
-        self.shapes = [(classes, h // 4, w // 4) for w, h in (whole_size(*s, size) for s in pairs.sizes)]
+        self.shapes = [(classes, h // 4, w // 4) for w, h in (data.whole_size(*s, size) for s in pairs.sizes)]
         self.starts = np.cumsum([0] + [int(np.prod(shape)) for shape in self.shapes])
         self.sizes = torch.tensor(pairs.sizes, dtype=torch.float32)                  # (N, 2) width, height
         self.size = size
@@ -220,27 +197,29 @@ class Cache:
         need, free = 2 * int(self.starts[-1]), shutil.disk_usage(self.folder).free
         key.unlink(missing_ok=True)
         if need > free:
-            raise Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some or use another --out")
+            raise data.Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+                             "free some or use another --out")
         try:
             for path, length in ((values, need), (done, len(self.pairs))):
                 with open(path, "wb") as file:
                     file.truncate(length)
         except OSError as error:
-            raise Fault(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use another --out", status=1) from None
-        write_atomic(key, lambda file: file.write(json.dumps(self.key).encode()))
+            raise data.Fault(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use another --out",
+                             status=1) from None
+        data.write_atomic(key, lambda file: file.write(json.dumps(self.key).encode()))
 
     def build(self, ensemble, world, dtype, workers):
         """Fills in what is missing, split over the processes; says beforehand what it takes."""
         todo = self.open(world)
         mine = todo[world.rank::world.size]
         if mine:
-            images = loader(WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
-            for n, (n_pair, (image,), _) in enumerate(progress(images, "teachers", total=len(mine))):
+            images = data.loader(data.WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
+            for n, (n_pair, (image,), _) in enumerate(data.progress(images, "teachers", total=len(mine))):
                 if n == 0:
                     start = time.perf_counter()               # the first image takes longer, and waits for the workers
                 if n == 1:
-                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images, {2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, "
-                              f"about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
+                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images, {2 * self.starts[-1] / 1e6:.0f} MB in "
+                              f"{self.folder}, about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
                 z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
                 self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
                 self.done[n_pair] = 1
@@ -288,12 +267,13 @@ def check_flags(args):
     if args.teacher_weights not in ("equal", "auto"):
         evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
     if args.cache_teachers and (args.feature or args.attention):
-        raise Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, leave it out")
+        raise data.Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, "
+                         "leave it out")
     if args.bench and (args.feature or args.attention):
-        raise Fault("--bench times the logit signals; leave --feature and --attention out")
+        raise data.Fault("--bench times the logit signals; leave --feature and --attention out")
 
 
-@command
+@data.command
 def main(argv=()):
     args = make_parser().parse_args(argv)
     check_flags(args)
@@ -301,10 +281,10 @@ def main(argv=()):
         return demo(args)
     if args.bench:
         return bench(args)
-    classes = load_classes(args.classes)
+    classes = data.load_classes(args.classes)
     with processes(args.device) as world:
         train, val = open_data(args, world, classes)
-        class_weight = class_weights(train.counts, args.class_weights).to(world.device)
+        class_weight = data.class_weights(train.counts, args.class_weights).to(world.device)
         torch.manual_seed(args.seed)
         student = build(args.arch, classes, "random" if args.init == "teacher" else args.init)
         paths, loaded = load_teachers(args, classes) if needs_teachers(args) or args.init == "teacher" else ([], [])
@@ -326,10 +306,11 @@ def demo(args):
           f"compares the three and labels a scene; about three minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
           "the scenes are drawn and the networks start from random weights.", flush=True)
     if not (out / "data").is_dir():
-        write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
+        data.write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
         (out / "drawing").rename(out / "data")                # whole or not at all
     common = ["--data", str(out / "data"), "--out", str(out), "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3",
-              "--batch-size", "4", "--eval-every", "4", "--class-weights", "sqrt", "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
+              "--batch-size", "4", "--eval-every", "4", "--class-weights", "sqrt",
+              "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
     common += ["--overwrite"] * args.overwrite
     train_teacher.main(["--arch", "deeplab", *common])
     train_teacher.main(["--arch", "segformer", *common])
@@ -337,9 +318,9 @@ def demo(args):
     checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
     evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
     path = min((out / "data" / "val" / "Color_Images").iterdir())
-    image, (model, meta) = read_image(path), load_model(checkpoints[-1])
-    labels = predict(model, whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
-    save_image(out / "overlay.png", overlay(image, labels, meta["classes"]))
+    image, (model, meta) = data.read_image(path), load_model(checkpoints[-1])
+    labels = predict(model, data.whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
+    data.save_image(out / "overlay.png", data.overlay(image, labels, meta["classes"]))
     print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
     return student, history
 
@@ -348,9 +329,9 @@ def demo(args):
 def original_step(device, dtype, batch, class_weight, classes):
     """The step of the notebook that this project replaces, as a function to time: torchvision's DeepLabV3 at output
     stride 8 and transformers' SegFormers as they come, fp32 off a GPU, every map of logits brought to full size."""
-    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(classes)).to(device).eval()
-    teacher, student = (SegformerForSemanticSegmentation(build(arch, classes).config).to(device) for arch in ("segformer-b3", "segformer-b1"))
-    teacher, student = teacher.eval(), student.train()
+    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(classes))
+    teacher, student = (SegformerForSemanticSegmentation(build(arch, classes).config) for arch in ("segformer-b3", "segformer-b1"))
+    deeplab, teacher, student = deeplab.to(device).eval(), teacher.to(device).eval(), student.to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), 6e-5)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     dtype = dtype if device.type == "cuda" else None
@@ -376,9 +357,9 @@ def original_step(device, dtype, batch, class_weight, classes):
 def bench_pieces(args, world, pairs, folder):
     """{piece of a training step: a call that does it once}, all on one batch; "bare" is a network with nothing around it."""
     device, classes, dtype = world.device, pairs.classes, amp_dtype(args.amp, world.device)
-    crops = Crops(pairs, args.size, args.seed)
-    batch: Batch = collate([crops[0, n, n] for n in range(args.batch_size)])
-    ready, class_weight = to_device(batch, device), class_weights(pairs.counts).to(device)
+    crops = data.Crops(pairs, args.size, args.seed)
+    batch: data.Batch = data.collate([crops[0, n, n] for n in range(args.batch_size)])
+    ready, class_weight = data.to_device(batch, device), data.class_weights(pairs.counts).to(device)
     frozen = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
     teachers = Ensemble(list(frozen.values()), torch.ones(2), args.average).to(device)
     compiled = torch.compile if args.compile else lambda network: network
@@ -420,11 +401,11 @@ def bench(args):
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder, processes(args.device) as world:
         device = world.device
-        write_scenes(folder, train=max(8, args.batch_size), val=1)
-        pairs = Pairs(folder, "train", load_classes())
+        data.write_scenes(folder, train=max(8, args.batch_size), val=1)
+        pairs = data.Pairs(folder, "train", data.load_classes())
         calls, rng = bench_pieces(args, world, pairs, Path(folder)), np.random.default_rng(args.seed)
-        files = {"decode a pair": lambda: (read_image(pairs.pairs[0][0]), read_mask(pairs.pairs[0][1])),
-                 "loader, a pair": lambda: pairs.crop(0, args.size, draw_affine(rng, *pairs.sizes[0], args.size))}
+        files = {"decode a pair": lambda: (data.read_image(pairs.pairs[0][0]), data.read_mask(pairs.pairs[0][1])),
+                 "loader, a pair": lambda: pairs.crop(0, args.size, data.draw_affine(rng, *pairs.sizes[0], args.size))}
         calls["step online"]()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -435,7 +416,8 @@ def bench(args):
     pieces = dict(zip((*calls, *files), times, strict=True))
     print(f"{evaluate.describe_device(device, amp_dtype(args.amp, device))}, {args.batch_size} crops of {args.size}x{args.size}"
           f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n")
-    evaluate.print_columns([["piece", "median ms", "lowest", "highest"], *([piece, *(f"{v:.1f}" for v in row)] for piece, row in pieces.items())])
+    evaluate.print_columns([["piece", "median ms", "lowest", "highest"],
+                            *([piece, *(f"{v:.1f}" for v in row)] for piece, row in pieces.items())])
     ms = {piece: median for piece, (median, _, _) in pieces.items()}
     bare = sum(value for piece, value in ms.items() if piece.startswith("bare"))
     ratios = {"original / online": (ms["original step"] / ms["step online"], ">= 3.5"),
@@ -444,7 +426,8 @@ def bench(args):
               "cached / student alone": (ms["step cached"] / ms["student alone"], "<= 1.25"),
               "augmentation, ms a pair": (ms["loader, a pair"] - ms["decode a pair"], "<= 8")}
     evaluate.print_columns([["ratio", "here", "aim"], *([what, f"{value:.2f}", aim] for what, (value, aim) in ratios.items())])
-    print(f"peak memory until a step online: {memory:.2f} GiB of {'the GPU (aim: 12 at 512x512, batch 8)' if device.type == 'cuda' else 'the process'}")
+    whose = "the GPU (aim: 12 at 512x512, batch 8)" if device.type == "cuda" else "the process"
+    print(f"peak memory until a step online: {memory:.2f} GiB of {whose}")
     return {**ms, **{what: value for what, (value, _) in ratios.items()}}
 
 

@@ -10,6 +10,7 @@ the classes present; both are printed.
 Letters: C classes, H W sides of a stored mask. Matrix rows are truth, columns predictions.
 """
 import copy
+import functools
 import json
 import math
 import statistics
@@ -23,28 +24,7 @@ from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import (
-    IGNORE,
-    Fault,
-    Pairs,
-    Parser,
-    WholeImages,
-    add_data_flags,
-    class_names,
-    command,
-    cores,
-    find_data,
-    font,
-    load_classes,
-    loader,
-    number,
-    overlay,
-    progress,
-    save_image,
-    side,
-    whole_size,
-    write_atomic,
-)
+import data
 from models import ARCHS, Ensemble, amp_dtype, freeze, full_name, load_model, predict
 
 NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
@@ -53,7 +33,7 @@ NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file n
 # ---------------------------------------------------------------------------------------------- scores
 def confusion(labels, target, num_classes):
     """(H, W) predicted and true indices -> (C, C) int64 pixel counts; pixels whose truth is 255 do not count."""
-    keep = target != IGNORE
+    keep = target != data.IGNORE
     counts = torch.bincount(target[keep].long() * num_classes + labels[keep].long(), minlength=num_classes**2)
     return counts.view(num_classes, num_classes)
 
@@ -77,9 +57,10 @@ def label_split(networks, pairs, dtype=None, workers=0, numbers=None):
     networks: [(frozen network, size of its images, whether to add the mirrored one)]. `numbers`: which pairs (all by default)."""
     device = next(networks[0][0].parameters()).device
     sizes = sorted({size for _, size, _ in networks})
-    images_of = loader(WholeImages(pairs, sizes), workers, device.type == "cuda", range(len(pairs)) if numbers is None else numbers)
-    for n, images, target in images_of:
-        yield n, target.to(device), [predict(model, images[sizes.index(size)], target.shape, dtype, flip)[0] for model, size, flip in networks]
+    numbers = range(len(pairs)) if numbers is None else numbers
+    for n, images, target in data.loader(data.WholeImages(pairs, sizes), workers, device.type == "cuda", numbers):
+        yield n, target.to(device), [predict(model, images[sizes.index(size)], target.shape, dtype, flip)[0]
+                                     for model, size, flip in networks]
 
 
 def evaluate(model, pairs, size, dtype=None, workers=0, numbers=None):
@@ -141,7 +122,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
     """One line chart over epochs: series is {name: [(epoch, y)]}, y None where there is no value."""
     left, top, right, bottom = box[0] + 64, box[1] + 34, box[2] - 190, box[3] - 30
     points = [p for line in series.values() for p in line if p[1] is not None]
-    draw.text((left, box[1] + 6), title, INK, font(18))
+    draw.text((left, box[1] + 6), title, INK, data.font(18))
     if not points:
         return
     ys = [p[1] for p in points]
@@ -152,11 +133,11 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
 
     for tick in ticks:
         draw.line((left, spot(0, tick)[1], right, spot(0, tick)[1]), GRID)
-        draw.text((left - 6, spot(0, tick)[1]), f"{tick:.3g}", INK, font(13), anchor="rm")
+        draw.text((left - 6, spot(0, tick)[1]), f"{tick:.3g}", INK, data.font(13), anchor="rm")
     for tick in round_ticks(0, last_epoch):
         if tick <= last_epoch and tick == int(tick):
-            draw.text((spot(tick, 0)[0], bottom + 6), f"{tick:.0f}", INK, font(13), anchor="ma")
-    draw.text((right + 12, bottom + 6), "epoch", INK, font(13))
+            draw.text((spot(tick, 0)[0], bottom + 6), f"{tick:.0f}", INK, data.font(13), anchor="ma")
+    draw.text((right + 12, bottom + 6), "epoch", INK, data.font(13))
     for n, (name, line) in enumerate(series.items()):
         spots = [spot(x, y) for x, y in line if y is not None]
         if len(spots) > 1:
@@ -166,7 +147,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
         y = top + 18 * n
         draw.rectangle((right + 12, y + 2, right + 24, y + 12), colors[n % len(colors)])
         last = next((f" {v:.3g}" for _, v in reversed(line) if v is not None), " n/a")
-        draw.text((right + 30, y), name[:16] + last, INK, font(13))
+        draw.text((right + 30, y), name[:16] + last, INK, data.font(13))
 
 
 def draw_curves(history, classes, parts):
@@ -180,7 +161,7 @@ def draw_curves(history, classes, parts):
     fastest = max(record["lr"] for record in history)
     image = Image.new("RGB", (1400, 900), PAPER)
     draw = ImageDraw.Draw(image)
-    by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in class_names(classes)}
+    by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in data.class_names(classes)}
     panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINES),
               ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINES),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
@@ -196,16 +177,16 @@ def draw_confusion(matrix, classes):
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     count, cell = len(classes), max(34, min(64, 1400 // len(classes)))
     size = cell // 3 + 2
-    margin = int(max(font(15).getlength(c["name"][:24]) for c in classes)) + 24
+    margin = int(max(data.font(15).getlength(c["name"][:24]) for c in classes)) + 24
     side_length = margin + count * cell + 12
     image = Image.new("RGB", (side_length, side_length + 24), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), "row: truth, column: prediction, % of row", INK, font(14))
+    draw.text((8, 6), "row: truth, column: prediction, % of row", INK, data.font(14))
     for n, entry in enumerate(classes):
         at = margin + n * cell
-        draw.text((margin - 8, at + 24 + cell / 2), entry["name"][:24], INK, font(15), anchor="rm")
+        draw.text((margin - 8, at + 24 + cell / 2), entry["name"][:24], INK, data.font(15), anchor="rm")
         tall = Image.new("RGB", (margin, cell), PAPER)        # column names stand upright
-        ImageDraw.Draw(tall).text((4, cell / 2), entry["name"][:24], INK, font(15), anchor="lm")
+        ImageDraw.Draw(tall).text((4, cell / 2), entry["name"][:24], INK, data.font(15), anchor="lm")
         image.paste(tall.rotate(90, expand=True), (at, 24))
         for m in range(count):
             value = float(share[n, m])
@@ -213,9 +194,9 @@ def draw_confusion(matrix, classes):
             shade = tuple(int(255 - value * (255 - v)) for v in (20, 90, 160))
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
             if value >= 0.005:
-                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", PAPER if value > 0.5 else INK, font(size), anchor="mm")
+                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", PAPER if value > 0.5 else INK, data.font(size), anchor="mm")
         if not matrix[n].sum():
-            draw.text((margin + 6, at + 24 + cell / 2), "n/a: in no mask", INK, font(14), anchor="lm")
+            draw.text((margin + 6, at + 24 + cell / 2), "n/a: in no mask", INK, data.font(14), anchor="lm")
     return image
 
 
@@ -224,9 +205,9 @@ def worst_sheet(pairs, n, labels):
     image, mask = pairs.read(n)
     target = torch.from_numpy(mask)
     wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
-    wrong[target == IGNORE] = 128
-    wrong[(labels != target) & (target != IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
-    parts = [image, overlay(image, mask, pairs.classes), overlay(image, labels.numpy(), pairs.classes),
+    wrong[target == data.IGNORE] = 128
+    wrong[(labels != target) & (target != data.IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
+    parts = [image, data.overlay(image, mask, pairs.classes), data.overlay(image, labels.numpy(), pairs.classes),
              Image.blend(image, Image.fromarray(wrong.numpy()), 0.7)]
     sheet = Image.new("RGB", (sum(p.width for p in parts), image.height))
     for k, part in enumerate(parts):
@@ -252,7 +233,8 @@ def print_table(rows, classes, sizes):
         [row["name"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}", f"{row['size'] / 1e6:.1f}",
          *(format(row[key], forms[key][1]) for key in keys)] for row in rows])
     print_columns([["speed", *(head for h, w in sizes for head in (f"{h}x{w}: ms", "spread", "FPS")), "<50 ms"]] + [
-        [row["name"], *(cell for s in row["speed"] for cell in (f"{s['ms']:.1f}", f"{s['lowest']:.1f}-{s['highest']:.1f}", f"{s['fps']:.1f}")),
+        [row["name"],
+         *(cell for s in row["speed"] for cell in (f"{s['ms']:.1f}", f"{s['lowest']:.1f}-{s['highest']:.1f}", f"{s['fps']:.1f}")),
          "yes" if all(s["ms"] < 50 for s in row["speed"]) else "no"] for row in rows])
     print_columns([["IoU / precision / recall", *(row["name"] for row in rows)]] + [
         [entry["name"], *("n/a" if row["iou"][entry["name"]] is None else
@@ -263,10 +245,11 @@ def print_table(rows, classes, sizes):
 def add_model_flags(parser, arch=None):
     """Flags of everything that runs a network; `arch`: the default of what is trained, None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    group.add_argument("--arch", type=full_name, choices=ARCHS, default=arch, metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
-                       f"({arch or 'what the checkpoint says; needed for bare state dicts'})")
+    group.add_argument("--arch", type=full_name, choices=ARCHS, default=arch, metavar="ARCH",
+                       help=f"deeplab, segformer (b3), segformer-b0 to -b5 ({arch or 'what the checkpoint says; needed for bare state dicts'})")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
-    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto: what the device does natively)")
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                       help="precision (auto: what the device does natively)")
     return group
 
 
@@ -277,7 +260,7 @@ def pick_device(name):
     kind = name.split(":")[0]
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": name == "cpu"}.get(kind)
     if not usable or (kind == "cuda" and ":" in name and name[5:] not in map(str, range(torch.cuda.device_count()))):
-        raise Fault(f"--device {name}: not to be had here; use auto, cuda, mps or cpu")
+        raise data.Fault(f"--device {name}: not to be had here; use auto, cuda, mps or cpu")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")            # here, so that every script computes alike
     return torch.device(name)
@@ -295,7 +278,7 @@ def parse_weights(value, count):
     except ValueError:
         weights = torch.tensor([float("nan")])
     if len(weights) != count or not weights.sum().isfinite() or (weights < 0).any() or weights.sum() <= 0:
-        raise Fault(f"--teacher-weights {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
+        raise data.Fault(f"--teacher-weights {value}: give {count} numbers such as {':'.join(['1'] * count)}, none negative, not all 0")
     return weights / weights.sum()
 
 
@@ -306,25 +289,26 @@ def ensemble_weights(value, metas):
     if value != "auto":
         return parse_weights(value, len(metas))
     if not all(meta["val_iou"] for meta in metas):
-        raise Fault("--teacher-weights auto: a teacher's checkpoint holds no validation IoU; give numbers instead")
-    iou = torch.tensor([[meta["val_iou"].get(name) or 0.0 for name in class_names(meta["classes"])] for meta in metas])    # (K, C)
+        raise data.Fault("--teacher-weights auto: a teacher's checkpoint holds no validation IoU; give numbers instead")
+    iou = torch.tensor([[meta["val_iou"].get(name) or 0.0 for name in data.class_names(meta["classes"])] for meta in metas])    # (K, C)
     return iou.where(iou.sum(0) > 0, 1.0)
 
 
 def make_parser():
-    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python evaluate.py outputs/*.pth --ensemble --json scores.json")
+    parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python evaluate.py outputs/*.pth --ensemble --json scores.json")
     parser.add_argument("checkpoints", nargs="*", help="(default: the teachers and the student in outputs/)")
-    data = add_data_flags(parser)
-    data.add_argument("--split", default="val", help="folder below --data, or . if --data itself holds Color_Images (val)")
-    data.add_argument("--size", type=side, help="shorter side that the networks see, pixels (that of training)")
-    data.add_argument("--workers", type=number(int, 0, 256), default=min(2, cores()), help="processes that read files (up to 2)")
+    images = data.add_data_flags(parser)
+    images.add_argument("--split", default="val", help="folder below --data, or . if --data itself holds Color_Images (val)")
+    images.add_argument("--size", type=data.side, help="shorter side that the networks see, pixels (that of training)")
+    images.add_argument("--workers", type=data.number(int, 0, 256), default=min(2, data.cores()),
+                        help="processes that read files (up to 2)")
     group = add_model_flags(parser)
     group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the table there")
-    output.add_argument("--save-worst", type=number(int, 0), default=0, metavar="N", help="images of the N lowest scores (0)")
+    output.add_argument("--save-worst", type=data.number(int, 0), default=0, metavar="N", help="images of the N lowest scores (0)")
     output.add_argument("--out", metavar="DIR", default="outputs", help="where images go (outputs)")
     return parser
 
@@ -333,20 +317,20 @@ def open_inputs(args):
     """(paths, [(network, meta)], the split) of the command line; all of one class table."""
     paths = args.checkpoints or [path for name in (*NAMES.values(), "best_student") if (path := Path("outputs") / f"{name}.pth").exists()]
     if not paths:
-        raise Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
-    classes = load_classes(args.classes)
+        raise data.Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
+    classes = data.load_classes(args.classes)
     loaded = [load_model(path, args.arch, classes) for path in paths]
     table = loaded[0][1]["classes"]
     for path, (_, meta) in zip(paths, loaded, strict=True):
-        if class_names(meta["classes"]) != class_names(table):
-            raise Fault(f"{path}: was trained on another class table than {paths[0]}; evaluate them apart")
-    pairs = Pairs(find_data(args.data), args.split, classes if args.classes else table, args.masks)
-    if class_names(pairs.classes) != class_names(table):
-        raise Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
+        if data.class_names(meta["classes"]) != data.class_names(table):
+            raise data.Fault(f"{path}: was trained on another class table than {paths[0]}; evaluate them apart")
+    pairs = data.Pairs(data.find_data(args.data), args.split, classes if args.classes else table, args.masks)
+    if data.class_names(pairs.classes) != data.class_names(table):
+        raise data.Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
     return paths, loaded, pairs
 
 
-@command
+@data.command
 @torch.no_grad()
 def main(argv=()):
     args = make_parser().parse_args(argv)
@@ -362,7 +346,7 @@ def main(argv=()):
     print(f"images: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
         content = {"split": args.split, "pairs": len(pairs), "device": device.type, "models": rows}
-        write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        data.write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return rows
 
 
@@ -376,7 +360,7 @@ def build_rows(args, paths, loaded, device, dtype):
     if args.ensemble:
         members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]
         if not members:
-            raise Fault("--ensemble: all checkpoints are students; name the teachers too")
+            raise data.Fault("--ensemble: all checkpoints are students; name the teachers too")
         weights = ensemble_weights(args.teacher_weights, [loaded[n][1] for n in members])
         networks.append((Ensemble([networks[n][0] for n in members], weights).to(device), networks[members[0]][1], False))
         rows.append({"name": "ensemble", **{key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}})
@@ -391,7 +375,7 @@ def score_rows(args, rows, networks, pairs, dtype):
     classes = pairs.classes
     matrices, lowest, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
     ensemble = next((k for k, row in enumerate(rows) if row["name"] == "ensemble"), None)
-    for n, target, labels in progress(label_split(networks, pairs, dtype, args.workers), "scoring", total=len(pairs)):
+    for n, target, labels in data.progress(label_split(networks, pairs, dtype, args.workers), "scoring", total=len(pairs)):
         pixels += target.numel()
         for k, mine in enumerate(labels):
             matrix = confusion(mine, target, len(classes))
@@ -401,23 +385,25 @@ def score_rows(args, rows, networks, pairs, dtype):
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
         name = "".join(c if c.isalnum() else "_" for c in row["name"])
-        save_image(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
+        data.save_image(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
         worst = sorted(lowest[k])[:args.save_worst]
-        for (score, n), (_, _, (labels,)) in zip(worst, label_split([networks[k]], pairs, dtype, numbers=[n for _, n in worst]), strict=True):
-            save_image(Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png", worst_sheet(pairs, n, labels.cpu()))
+        again = label_split([networks[k]], pairs, dtype, numbers=[n for _, n in worst])
+        for (score, n), (_, _, (labels,)) in zip(worst, again, strict=True):
+            sheet = Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png"
+            data.save_image(sheet, worst_sheet(pairs, n, labels.cpu()))
     for row, same in zip(rows, agree, strict=True) if ensemble is not None else []:
         row["to_ensemble"], row["agreement"] = row["miou"] - rows[ensemble]["miou"], same / pixels
 
 
 def measure_speed(rows, networks, pairs, device, dtype):
     """Fills in ms and FPS of predict() at 512x512 and at what the first image becomes; returns both (h, w)."""
-    width, height = whole_size(*pairs.sizes[0], networks[0][1])
+    width, height = data.whole_size(*pairs.sizes[0], networks[0][1])
     sizes = [(512, 512), (height, width)]
     for row in rows:
         row["speed"] = []
     for h, w in sizes:
         image = torch.zeros(1, 3, h, w, dtype=torch.uint8, device=device)
-        calls = [lambda model=model, flip=flip, image=image, h=h, w=w: predict(model, image, (h, w), dtype, flip) for model, _, flip in networks]
+        calls = [functools.partial(predict, model, image, (h, w), dtype, flip) for model, _, flip in networks]
         for row, (median, low, high) in zip(rows, time_interleaved(calls, device), strict=True):
             row["speed"].append({"height": h, "width": w, "ms": median, "lowest": low, "highest": high, "fps": 1000 / median})
     for row in rows:

@@ -28,29 +28,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from data import (
-    IMAGES,
-    MEAN,
-    STD,
-    Fault,
-    Pairs,
-    Parser,
-    add_data_flags,
-    command,
-    find_data,
-    index_image,
-    load_classes,
-    normalize,
-    overlay,
-    progress,
-    read_image,
-    resized_image,
-    save_image,
-    side,
-    whole_image,
-    whole_size,
-    write_atomic,
-)
+import data
 from evaluate import add_model_flags, confusion, pick_device, print_columns, summary, time_interleaved
 from models import amp_dtype, freeze, load_model, predict, translate, upsampled_labels
 
@@ -62,16 +40,16 @@ def find_inputs(names):
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES | {".tif", ".tiff"} and not p.name.startswith("."))
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in data.IMAGES | {".tif", ".tiff"} and not p.name.startswith("."))
             if not inside:
-                raise Fault(f"{path}: a folder without images ({' '.join(sorted(IMAGES))} .tif .tiff)")
+                raise data.Fault(f"{path}: a folder without images ({' '.join(sorted(data.IMAGES))} .tif .tiff)")
             found += inside
         elif path.exists():
             found.append(path)
         else:
             matches = sorted(Path(p) for p in glob.glob(name, recursive=True) if Path(p).is_file())
             if not matches:
-                raise Fault(f"{name}: no such file, folder or pattern")
+                raise data.Fault(f"{name}: no such file, folder or pattern")
             found += matches
     return list(dict.fromkeys(found))
 
@@ -88,7 +66,7 @@ def output_names(inputs, out, endings):
         stems.append(stem)
         clash = next((e for e in endings if (out / f"{stem}{e}").resolve() in originals), None)
         if clash:
-            raise Fault(f"--out {out}: {stem}{clash} would overwrite an input; choose another folder")
+            raise data.Fault(f"--out {out}: {stem}{clash} would overwrite an input; choose another folder")
     return stems
 
 
@@ -98,47 +76,48 @@ def label_files(args, model, meta, device, dtype):
     stems = output_names(inputs, out, ["_mask.png", "_overlay.png", "_ids.png"])
     ids = np.array([c["id"] for c in classes], np.uint16)
     milliseconds, skipped = [], 0
-    bar = progress(zip(inputs, stems, strict=True), "labelling", total=len(inputs))
+    bar = data.progress(zip(inputs, stems, strict=True), "labelling", total=len(inputs))
     for path, stem in bar:
         start = time.perf_counter()
         try:
-            image = read_image(path)
-        except Fault as fault:
+            image = data.read_image(path)
+        except data.Fault as fault:
             bar.write(f"error: {fault}; skipped", file=sys.stderr)
             skipped += 1
             continue
-        labels = predict(model, whole_image(image, args.size or meta["size"]), image.size[::-1], dtype)[0].cpu().numpy()
+        labels = predict(model, data.whole_image(image, args.size or meta["size"]), image.size[::-1], dtype)[0].cpu().numpy()
         milliseconds.append(1000 * (time.perf_counter() - start))
-        outputs = {"_mask.png": index_image(labels, classes)}
+        outputs = {"_mask.png": data.index_image(labels, classes)}
         if not args.no_overlay:
-            outputs["_overlay.png"] = overlay(image, labels, classes)
+            outputs["_overlay.png"] = data.overlay(image, labels, classes)
         if args.raw:
             outputs["_ids.png"] = Image.fromarray(ids[labels])
         for ending, output in outputs.items():
-            save_image(out / f"{stem}{ending}", output)
+            data.save_image(out / f"{stem}{ending}", output)
     if milliseconds:
-        print(f"{len(milliseconds)} images labelled in {out}, {np.median(milliseconds):.0f} ms an image from file to labels ({device.type})")
+        print(f"{len(milliseconds)} images labelled in {out}, {np.median(milliseconds):.0f} ms an image "
+              f"from file to labels ({device.type})")
     if skipped:
-        raise Fault(f"{skipped} of {len(inputs)} files were skipped, named above", status=1)
+        raise data.Fault(f"{skipped} of {len(inputs)} files were skipped, named above", status=1)
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face
 def export_folder(model, meta, folder, height, width):
     """config.json with label names, weights in safetensors, preprocessor_config.json for a fixed height x width."""
     if folder.is_file():
-        raise Fault(f"--export {folder}: is a file; name a folder, or a .onnx file")
+        raise data.Fault(f"--export {folder}: is a file; name a folder, or a .onnx file")
     if meta["arch"] == "deeplab":
-        raise Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
+        raise data.Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
     stock.load_state_dict(translate(model.state_dict(), stock))
-    processor = transformers.SegformerImageProcessor(size={"height": height, "width": width}, image_mean=list(MEAN), image_std=list(STD),
-                                                     do_reduce_labels=False)
+    processor = transformers.SegformerImageProcessor(size={"height": height, "width": width}, do_reduce_labels=False,
+                                                     image_mean=list(data.MEAN), image_std=list(data.STD))
     transformers.logging.disable_progress_bar()
     try:
         stock.save_pretrained(folder)
         processor.save_pretrained(folder)
     except OSError as error:
-        raise Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
+        raise data.Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
     print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in pipeline('image-segmentation'), "
           f"images as {height}x{width}")
 
@@ -152,7 +131,7 @@ class Labeller(nn.Module):
         self.model = model
 
     def forward(self, image):
-        return upsampled_labels(self.model(normalize(image)), image.shape[2:])
+        return upsampled_labels(self.model(data.normalize(image)), image.shape[2:])
 
 
 def needs(*modules):
@@ -160,7 +139,7 @@ def needs(*modules):
     try:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
-        raise Fault(f"--export: {error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
+        raise data.Fault(f"--export: {error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
 
 
 def session_of(path):
@@ -181,7 +160,7 @@ def export_onnx(model, path, shape, dynamic=False):
         program = torch.onnx.export(labeller, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"], output_names=["labels"],
                                     optimize=True, verbose=False)
         program.save(buffer)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    data.write_atomic(path, lambda file: file.write(buffer.getvalue()))
     session = session_of(path)
     tries = [(height, width), (480, 640), (320, 544)] if dynamic else [(height, width)]
     for h, w in tries:
@@ -191,7 +170,8 @@ def export_onnx(model, path, shape, dynamic=False):
             same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
         print(f"{path}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
         if same < 0.999:
-            raise Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, try another torch or onnxruntime", status=1)
+            raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, "
+                             "try another torch or onnxruntime", status=1)
 
 
 def quantize(path, target, images):
@@ -210,7 +190,8 @@ def quantize(path, target, images):
 
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "ready.onnx"
-        importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+        shape_inference = importlib.import_module("onnxruntime.quantization.shape_inference")
+        shape_inference.quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
         floats = [node.name for node in onnx.load(ready).graph.node if node.op_type in ("MatMul", "Softmax", "LayerNormalization")]
         quantization.quantize_static(str(ready), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
                                      activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
@@ -223,7 +204,7 @@ def compare(pairs, rows, height, width):
     matrices = {name: torch.zeros(len(classes), len(classes), dtype=torch.int64) for name in rows}
     for n in range(len(pairs)):
         stored, mask = pairs.read(n)
-        image, target = resized_image(stored, width, height), torch.from_numpy(mask)
+        image, target = data.resized_image(stored, width, height), torch.from_numpy(mask)
         for name, (labels, _) in rows.items():
             small = labels(image)[0].float()[None, None]                             # labels at the input's size
             full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
@@ -241,12 +222,12 @@ def parse_shape(value):
         return None
     parts = value.split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and 32 <= int(part) <= 8192 and int(part) % 32 == 0 for part in parts):
-        raise Fault(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic")
+        raise data.Fault(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic")
     return int(parts[0]), int(parts[1])
 
 
 def export(args, model, meta):
-    width, height = whole_size(960, 540, args.size or meta["size"])
+    width, height = data.whole_size(960, 540, args.size or meta["size"])
     target, shape = Path(args.export), parse_shape(args.shape or f"{height}x{width}")
     height, width = shape or (height, width)
     if target.suffix != ".onnx":
@@ -256,12 +237,13 @@ def export(args, model, meta):
         export_onnx(frozen, target, (height, width), shape is None)
         return
     if not args.calibrate:
-        raise Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of images like those to come")
+        raise data.Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of images like those to come")
     if not shape:
-        raise Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
-    pairs = Pairs(find_data(args.data), args.split, meta["classes"], args.masks)     # everything is read before anything is written
+        raise data.Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
+    # everything is read before anything is written
+    pairs = data.Pairs(data.find_data(args.data), args.split, meta["classes"], args.masks)
     files = find_inputs([args.calibrate])
-    images = [resized_image(read_image(p), width, height).numpy() for p in files[::max(1, len(files) // 64)][:64]]
+    images = [data.resized_image(data.read_image(p), width, height).numpy() for p in files[::max(1, len(files) // 64)][:64]]
     rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "fp32.onnx"
@@ -274,29 +256,30 @@ def export(args, model, meta):
 
 
 # ---------------------------------------------------------------------------------------------- command
-@command
+@data.command
 @torch.no_grad()
 def main(argv=()):
-    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python infer.py drive/*.png --out labels --raw")
+    parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python infer.py drive/*.png --out labels --raw")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     group = add_model_flags(parser)
     group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="(outputs/best_student.pth)")
-    group.add_argument("--size", type=side, help="shorter side that the network sees, pixels (that of training)")
+    group.add_argument("--size", type=data.side, help="shorter side that the network sees, pixels (that of training)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", default="outputs/predictions", help="(outputs/predictions)")
     output.add_argument("--raw", action="store_true", help="also NAME_ids.png: 16-bit raw ids, as the challenge wants them")
     output.add_argument("--no-overlay", action="store_true", help="masks only")
-    data = add_data_flags(parser)
-    data.add_argument("--split", default="val", help="what an int8 export is compared on (val)")
+    images = data.add_data_flags(parser)
+    images.add_argument("--split", default="val", help="what an int8 export is compared on (val)")
     away = parser.add_argument_group("export")
     away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
-    away.add_argument("--shape", metavar="HxW|dynamic", help="sides of the exported input (what a 960x540 image is in training; 512x896 at 512)")
+    away.add_argument("--shape", metavar="HxW|dynamic",
+                      help="sides of the exported input (what a 960x540 image is in training; 512x896 at 512)")
     away.add_argument("--calibrate", metavar="DIR", help="images for 8 bits")
     args = parser.parse_args(argv)
     if not args.inputs and not args.export:
-        raise Fault("nothing to do: name images, or --export TARGET")
+        raise data.Fault("nothing to do: name images, or --export TARGET")
     device = pick_device("cpu" if args.export else args.device)
-    model, meta = load_model(args.checkpoint, args.arch, load_classes(args.classes) if args.classes or args.arch else None)
+    model, meta = load_model(args.checkpoint, args.arch, data.load_classes(args.classes) if args.classes or args.arch else None)
     if args.export:
         return export(args, model, meta)
     dtype = amp_dtype(args.amp, device)

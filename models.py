@@ -183,7 +183,8 @@ def fill(model, state, where, what):
     wrong = [key for key in (*own, *state) if key not in state or key not in own or own[key].shape != state[key].shape]
     wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
     if wrong:
-        raise Fault(f"{where}: its weights are not those of {what}: {len(wrong)} missing, unexpected or of another shape, such as {wrong[0]}")
+        raise Fault(f"{where}: its weights are not those of {what}: {len(wrong)} missing, unexpected or of another shape, "
+                    f"such as {wrong[0]}")
     model.load_state_dict({**own, **state})
 
 

@@ -34,26 +34,7 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (
-    BatchSampler,
-    Crops,
-    Fault,
-    Pairs,
-    Parser,
-    add_data_flags,
-    class_weights,
-    command,
-    cores,
-    find_data,
-    load_classes,
-    loader,
-    number,
-    sampling_weights,
-    save_image,
-    side,
-    to_device,
-    write_atomic,
-)
+import data
 from evaluate import NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
 from losses import hard_loss, valid_of, weight_of
 from models import amp_dtype, autocast, build, freeze, memory_format, read_file, save_model
@@ -65,22 +46,24 @@ SLOW = 10                                        # steps between two looks at wh
 # ---------------------------------------------------------------------------------------------- flags
 def add_train_flags(parser):
     """The flags that train_teacher.py and distill.py share."""
-    data = add_data_flags(parser)
-    data.add_argument("--size", type=side, default=512, help="side of a crop, shorter side of a whole image, pixels (512)")
-    data.add_argument("--workers", type=number(int, 0, 256), default=min(4, cores()), help="processes that read files (up to 4)")
-    data.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
+    images = data.add_data_flags(parser)
+    images.add_argument("--size", type=data.side, default=512, help="side of a crop, shorter side of a whole image, pixels (512)")
+    images.add_argument("--workers", type=data.number(int, 0, 256), default=min(4, data.cores()),
+                        help="processes that read files (up to 4)")
+    images.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs (50)")
-    train.add_argument("--steps", type=number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
-    train.add_argument("--batch-size", type=number(int, 1), default=8, help="images a process and forward (8)")
-    train.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
-    train.add_argument("--lr", type=number(float, 0, 1, open_low=True), default=6e-5, help="AdamW rate of the encoder, the head has ten times it (6e-5)")
+    train.add_argument("--epochs", type=data.number(int, 1), default=50, help="passes over the training pairs (50)")
+    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
+    train.add_argument("--batch-size", type=data.number(int, 1), default=8, help="images a process and forward (8)")
+    train.add_argument("--accumulate", type=data.number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
+    train.add_argument("--lr", type=data.number(float, 0, 1, open_low=True), default=6e-5,
+                       help="AdamW rate of the encoder, the head has ten times it (6e-5)")
     train.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median", help="of the hard loss (median frequency)")
-    train.add_argument("--eval-every", type=number(int, 1), default=1, metavar="N", help="epochs between validations (1)")
-    train.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and augmentation (0)")
+    train.add_argument("--eval-every", type=data.number(int, 1), default=1, metavar="N", help="epochs between validations (1)")
+    train.add_argument("--seed", type=data.number(int, 0, 2**31), default=0, help="of weights, order and augmentation (0)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", default="outputs", help="checkpoints, log and curves (outputs)")
-    run.add_argument("--save-minutes", type=number(float, 0), default=10, help="minutes between two states on disk (10)")
+    run.add_argument("--save-minutes", type=data.number(float, 0), default=10, help="minutes between two states on disk (10)")
     run.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
     run.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
 
@@ -204,7 +187,7 @@ def backward(job, batches, step, fraction):
     What the losses are divided by is summed over micro-batches and processes first: two half batches, or two
     processes with half a batch each, give the gradient of the whole."""
     world = job.world
-    batches = [to_device(batch, world.device) for batch in batches]
+    batches = [data.to_device(batch, world.device) for batch in batches]
     norms = torch.stack([sum(weight_of(b.mask, job.class_weight) for b in batches), sum(valid_of(b.mask) for b in batches).float()])
     if world.size > 1:
         dist.all_reduce(norms)
@@ -276,9 +259,10 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     model, optimizer, scaler = job.model, job.optimizer, job.scaler
 
     path = out / "checkpoints" / f"{name}.pth"
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    settings |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest),
-                 "transformers": transformers.__version__.split(".")[0], **(identity or {})}         # its major version orders the parameters
+    settings = {key: value for key, value in vars(args).items()
+                if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
+    settings |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **(identity or {}),
+                 "transformers": transformers.__version__.split(".")[0]}             # its major version orders the parameters
     state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
@@ -287,7 +271,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         sums = restore(job, state, extras)
         if state["training"]["done"]:
             if not (out / f"{name}.pth").exists():
-                raise Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
+                raise data.Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, "
+                                 "--overwrite trains again")
             write_log(world, out / f"{name}.jsonl", header, history)
             world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
             return model.eval(), history
@@ -303,7 +288,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
         """Sums are added up over the processes; only the first one writes."""
         summed = over_processes(sums, world)
         if world.rank == 0:
-            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed, "settings": settings, "done": done}
+            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed,
+                        "settings": settings, "done": done}
             if not done:
                 training |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                              "extras": extras.state_dict() if extras is not None else {}}
@@ -330,9 +316,9 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
 
     if not state:
         save_state()                                          # so that what is killed from here on can be resumed
-    odds = sampling_weights(train.counts) if args.rare_class_sampling else None
-    order = BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
-    batches = loader(Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
+    odds = data.sampling_weights(train.counts) if args.rare_class_sampling else None
+    order = data.BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
+    batches = data.loader(data.Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
     bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
     bad, saved = torch.zeros((), device=device), time.monotonic()
     waited, epoch_start, first = 0.0, time.perf_counter(), step
@@ -345,8 +331,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 due = epoch % args.eval_every == 0 or step == total
                 figures = means(sums, world)
                 if step == total and figures["loss"] is None:
-                    raise Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or the weights "
-                                "of the losses, or use --amp off or bf16; the last state is kept", status=1)
+                    raise data.Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or "
+                                     "the weights of the losses, or use --amp off or bf16; the last state is kept", status=1)
                 scores = validate() if due else None
                 if due and scores is None:
                     continue                                  # a signal came in between
@@ -360,7 +346,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 sums, waited, epoch_start, first = {}, 0.0, time.perf_counter(), step
             if stop:
                 save_state()
-                raise Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
+                raise data.Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
             if step == total:
                 break
             if save:
@@ -379,17 +365,18 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 if bad >= SLOW:
                     raise nonfinite_fault(name, step, parts, micro, train, path)
         save_state(done=True)
-    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; {out / name}.pth holds the best, {path} the last")
+    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; "
+              f"{out / name}.pth holds the best, {path} the last")
     return model.eval(), history
 
 
 # ---------------------------------------------------------------------------------------------- what can go wrong
 def check_batch(args, arch, pairs, global_batch):
     if arch == "deeplab" and args.batch_size < 2:
-        raise Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
+        raise data.Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
     if global_batch > pairs:
-        raise Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} images "
-                    f"(x --accumulate x processes), the training split holds {pairs}; lower it")
+        raise data.Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} images "
+                         f"(x --accumulate x processes), the training split holds {pairs}; lower it")
 
 
 @contextlib.contextmanager
@@ -399,15 +386,15 @@ def out_of_memory(args):
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
-                    f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
+        raise data.Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
+                         f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
 
 
 def nonfinite_fault(name, step, parts, micro, train, path):
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
     files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
-    return Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); lower --lr or "
-                 f"use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
+    return data.Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); "
+                      f"lower --lr or use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
 
 
 def find_state(path, best, settings, overwrite):
@@ -417,18 +404,19 @@ def find_state(path, best, settings, overwrite):
         return None
     if not path.exists():
         if best.exists():
-            raise Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
+            raise data.Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
         return None
     try:
         state = read_file(path)
         old = state["training"]["settings"]
-    except (Fault, KeyError, TypeError):
-        raise Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
+    except (data.Fault, KeyError, TypeError):
+        raise data.Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
     other = sorted(key for key in {*old, *settings} if plain(old.get(key)) != plain(settings.get(key)))
     if other:
-        names = ", ".join(f"{key if key in ('processes', 'data', 'transformers') else '--' + key.replace('_', '-')} (was {str(old.get(key))[:40]}, "
-                          f"now {str(settings.get(key))[:40]})" for key in other)
-        raise Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
+        flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
+        names = ", ".join(f"{flag} (was {str(old.get(key))[:40]}, now {str(settings.get(key))[:40]})"
+                          for flag, key in zip(flags, other, strict=True))
+        raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
 
 
@@ -509,16 +497,17 @@ def write_log(world, path, header, history):
     """The whole log, each epoch once: what was torn or belongs to steps not kept is gone with the old file."""
     if world.rank == 0:
         lines = "".join(json.dumps(entry) + "\n" for entry in (header, *history))
-        write_atomic(path, lambda file: file.write(lines.encode()))
+        data.write_atomic(path, lambda file: file.write(lines.encode()))
 
 
 def report(world, out, name, header, history, classes, bar):
     write_log(world, out / f"{name}.jsonl", header, history)
     if world.rank == 0:
         last = history[-1]
-        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention") if key in last and last[key] != last["loss"]]    # else one line hides the other
+        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention")
+                 if key in last and last[key] != last["loss"]]       # one line would hide the other
         curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
-        save_image(out / curves, draw_curves(history, classes, parts))
+        data.save_image(out / curves, draw_curves(history, classes, parts))
         figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
         bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
 
@@ -526,16 +515,16 @@ def report(world, out, name, header, history, classes, bar):
 # ---------------------------------------------------------------------------------------------- command
 def open_data(args, world, classes):
     """The two splits; counts of the training masks are kept beside the outputs. Rank 0 reads first."""
-    root, out = find_data(args.data), Path(args.out)
+    root, out = data.find_data(args.data), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
+        raise data.Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
     if world.rank > 0 and world.agree(0)[0]:
         raise SystemExit(2)                                   # the first process says why
     try:
-        splits = [Pairs(root, split, classes, args.masks, out / f"scan_{split}.json") for split in ("train", "val")]
-    except Fault:
+        splits = [data.Pairs(root, split, classes, args.masks, out / f"scan_{split}.json") for split in ("train", "val")]
+    except data.Fault:
         if world.rank == 0:
             world.agree(1)
         raise
@@ -549,18 +538,19 @@ def open_data(args, world, classes):
     return splits
 
 
-@command
+@data.command
 def main(argv=()):
-    parser = Parser(__doc__.split("\n\n")[0], epilog="example: python train_teacher.py --arch deeplab --data DIR --batch-size 4 --accumulate 2")
+    parser = data.Parser(__doc__.split("\n\n")[0],
+                         epilog="example: python train_teacher.py --arch deeplab --data DIR --batch-size 4 --accumulate 2")
     group = add_model_flags(parser, "deeplab")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH", help="first weights; PATH: a ResNet50 state "
                        "dict, a folder of mit-bN, or a checkpoint (imagenet)")
     add_train_flags(parser)
     args = parser.parse_args(argv)
-    classes = load_classes(args.classes)
+    classes = data.load_classes(args.classes)
     with processes(args.device) as world:
         train, val = open_data(args, world, classes)
-        class_weight = class_weights(train.counts, args.class_weights).to(world.device)
+        class_weight = data.class_weights(train.counts, args.class_weights).to(world.device)
         torch.manual_seed(args.seed)
         model = build(args.arch, classes, args.init)
 
