@@ -48,6 +48,11 @@ class Fault(Exception):
         self.status = status
 
 
+def brief(error):
+    """What an exception says, as part of a line."""
+    return " ".join(str(error).split())[:80]
+
+
 def command(main):
     """Decorates a main(argv): a Fault, an unusable file or Ctrl-C becomes one line and the exit status, not a traceback."""
     @functools.wraps(main)
@@ -68,7 +73,7 @@ def command(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, defaults in the help and no abbreviated flags."""
+    """argparse with one-line errors and no abbreviated flags; each help text ends with its default."""
 
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -196,7 +201,7 @@ def find_pairs(root, split):
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
-# ---------------------------------------------------------------------------------------------- reading files
+# ---------------------------------------------------------------------------------------------- reading and writing files
 def open_image(path):
     """A lazily loaded PIL image; a Fault if the file is no image or larger than Pillow's bomb limit."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -205,7 +210,7 @@ def open_image(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Fault(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, above Pillow's limit; cut or shrink it") from None
     except Exception as error:  # noqa: BLE001 -- Pillow's plugins raise errors of any kind for a damaged file
-        raise Fault(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:80]}); replace or remove it") from None
+        raise Fault(f"{path}: cannot be read as an image ({brief(error)}); replace or remove it") from None
 
 
 def read_image(path, shrink=1):
@@ -225,7 +230,7 @@ def read_image(path, shrink=1):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return image.convert("RGB")
         except Exception as error:  # noqa: BLE001
-            raise Fault(f"{path}: damaged image ({' '.join(str(error).split())[:80]}); replace or remove it") from None
+            raise Fault(f"{path}: damaged image ({brief(error)}); replace or remove it") from None
 
 
 def read_mask(path):
@@ -238,7 +243,7 @@ def read_mask(path):
         try:
             values = np.asarray(image)
         except Exception as error:  # noqa: BLE001
-            raise Fault(f"{path}: damaged mask ({' '.join(str(error).split())[:80]}); replace or remove it") from None
+            raise Fault(f"{path}: damaged mask ({brief(error)}); replace or remove it") from None
     if values.dtype not in (np.uint8, np.uint16) and (values.min() < 0 or values.max() > 65535):
         raise Fault(f"{path}: values {values.min()}..{values.max()}; labels lie in 0..65535")
     return values.astype(np.uint16)
@@ -253,9 +258,8 @@ def scan_pair(pair):
             turned = " after its EXIF rotation" if opened.getexif().get(0x0112, 1) > 1 else ""
         raise Fault(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {image.name} has {size[0]}x{size[1]}{turned}; "
                     "they must match")
-    found, counts = np.unique(values, return_counts=True) if values.max() > 255 else \
-        (np.arange(256), np.bincount(values.ravel(), minlength=256))
-    return size, {int(v): int(n) for v, n in zip(found, counts, strict=True) if n}
+    counts = np.bincount(values.ravel())
+    return size, {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
 
 
 def scan(pairs, scan_file=None):
@@ -294,7 +298,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as error:                  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Fault(f"{path}: cannot be written ({' '.join(str(error).split())[:100]}); free space or choose another "
+        raise Fault(f"{path}: cannot be written ({brief(error)}); free space or choose another "
                     "place, what was there before is untouched", status=1) from None
 
 
@@ -303,15 +307,6 @@ def save_image(path, image):
 
 
 # ---------------------------------------------------------------------------------------------- what masks hold
-def copies_in_8_bit(classes):
-    """{how: {id: value}} of what becomes of the table's ids in an 8-bit copy of a 16-bit mask."""
-    ids = [entry["id"] for entry in classes]
-    if max(ids) <= 255:
-        return {}
-    return {"the high byte": {i: i >> 8 for i in ids}, "clipped at 255": {i: min(i, 255) for i in ids},
-            "modulo 256": {i: i & 255 for i in ids}}
-
-
 def mask_form(values, names, classes, flag=None):
     """Decides once for a split whether its masks hold raw ids or class indices: "ids" or "indices".
 
@@ -319,12 +314,11 @@ def mask_form(values, names, classes, flag=None):
     only what is ambiguous. Refused: 8-bit copies of 16-bit masks, mixtures, and splits without one known label."""
     ids, indices = {entry["id"] for entry in classes}, {*range(len(classes)), IGNORE}
     union = set().union(*values)
-    for how, copy in copies_in_8_bit(classes).items():
-        copied = set(copy.values())
+    copies = {"the high byte": {i >> 8 for i in ids}, "clipped at 255": {min(i, 255) for i in ids}, "modulo 256": {i & 255 for i in ids}}
+    for how, copied in copies.items():
         for mine, name in [(union, names[0]), *([] if flag else zip(values, names, strict=True))]:
             if mine <= copied and not mine <= ids and not mine <= indices:
-                strange = sorted(mine - ids)
-                raise Fault(f"{name}: label {strange[0]} is no known id; the file looks like an 8-bit copy of a 16-bit mask "
+                raise Fault(f"{name}: label {min(mine - ids)} is no known id; the file looks like an 8-bit copy of a 16-bit mask "
                             f"({how}). Export it again with its depth unchanged")
     if flag is not None:
         form = flag
@@ -367,17 +361,16 @@ class Pairs:
         self.sizes = [size for size, _ in found]
         names = [str(mask) for _, mask in self.pairs]
         self.form = mask_form([set(values) for _, values in found], names, classes, masks)
-        self.table = label_table(classes, self.form)
+        self.lookup = label_table(classes, self.form)
         self.counts = torch.zeros(len(found), len(classes), dtype=torch.int64)       # (N, C) pixels
-        unknown: dict = {}
+        self.unknown: dict = {}                              # {value outside the class table: pixels}
         for n, (_, values) in enumerate(found):
             for value, pixels in values.items():
-                index = int(self.table[value])
+                index = int(self.lookup[value])
                 if index != IGNORE:
                     self.counts[n, index] += pixels
                 elif value != IGNORE:
-                    unknown[value] = unknown.get(value, 0) + pixels
-        self.unknown = unknown
+                    self.unknown[value] = self.unknown.get(value, 0) + pixels
         digest = hashlib.sha256(repr([(p.stem, f) for (p, _), f in zip(self.pairs, found, strict=True)]).encode())
         self.digest = digest.hexdigest()[:16]                # identity of the listing and its labels, wherever it lies
 
@@ -395,7 +388,7 @@ class Pairs:
 
     def read(self, n, shrink=1):
         """The n-th pair, not augmented: (PIL RGB, see read_image for `shrink`; (H, W) uint8 class indices at the stored size)."""
-        return read_image(self.pairs[n][0], shrink), self.table[read_mask(self.pairs[n][1])]
+        return read_image(self.pairs[n][0], shrink), self.lookup[read_mask(self.pairs[n][1])]
 
     def crop(self, n, size, matrix):
         """The n-th pair under `matrix` (2, 3), see draw_affine: uint8 (3, S, S) image, (S, S) mask."""
@@ -460,22 +453,25 @@ def color_jitter(image, jitter):
 
     image: (B, 3, H, W) in 0..1; jitter: (B, 4), see draw_jitter. Contrast and saturation as in torchvision; hue is
     a rotation of the colour plane of YIQ, which keeps luminance. Clipped to 0..1 once, at the end."""
-    brightness, contrast, saturation, hue = jitter.to(image).unbind(1)
-    to_yiq = image.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    brightness, contrast, saturation, hue = jitter.unbind(1)                         # on the host: a 3x3 inverse makes a GPU wait
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     luma, turn = to_yiq[0], 2 * torch.pi * hue
-    rotation = torch.eye(3).to(image).repeat(len(image), 1, 1)
+    rotation = torch.eye(3).repeat(len(image), 1, 1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
     rotation[:, 2, 1], rotation[:, 1, 2] = turn.sin(), -turn.sin()
-    desaturate = (1 - saturation)[:, None, None] * luma.expand(3, 3) + saturation[:, None, None] * torch.eye(3).to(image)
+    desaturate = (1 - saturation)[:, None, None] * luma.expand(3, 3) + saturation[:, None, None] * torch.eye(3)
     matrix = torch.linalg.inv(to_yiq) @ rotation @ to_yiq @ desaturate * (contrast * brightness)[:, None, None]
-    grey = (1 - contrast) * brightness * (image.mean((2, 3)) @ luma)                 # (B,)
+    offset = ((1 - contrast) * brightness)[:, None] * luma                           # (B, 3), of the image's mean colour
+    matrix, offset = (v.to(image.device, non_blocking=True) for v in (matrix, offset))
+    grey = (image.mean((2, 3)) * offset).sum(1)                                      # (B,)
     return (torch.bmm(matrix, image.flatten(2)) + grey[:, None, None]).clamp(0, 1).view_as(image)
 
 
 def normalize(image):
     """uint8 or 0..1 float (B, 3, H, W) -> normalised float32."""
     image = image.float() / 255 if image.dtype == torch.uint8 else image
-    return (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(image.device, non_blocking=True) for v in (MEAN, STD))
+    return (image - mean) / std
 
 
 # ---------------------------------------------------------------------------------------------- loaders
@@ -494,8 +490,8 @@ class Batch(NamedTuple):
 def to_device(batch, device):
     """Moves a batch and does the photometric augmentation and the normalisation there."""
     move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-    image, jitter = move(batch.image).float() / 255, move(batch.jitter)
-    return Batch(normalize(color_jitter(image, jitter)), move(batch.mask).long(), move(batch.matrix), jitter, batch.pair)
+    image = color_jitter(move(batch.image).float() / 255, batch.jitter)
+    return Batch(normalize(image), move(batch.mask).long(), move(batch.matrix), batch.jitter, batch.pair)
 
 
 class Crops(Dataset):
@@ -523,9 +519,6 @@ class WholeImages(Dataset):
     def __init__(self, pairs, sizes):
         self.pairs, self.sizes = pairs, sizes
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __getitem__(self, n):
         try:
             image, mask = self.pairs.read(n)
@@ -544,9 +537,6 @@ class BatchSampler:
         self.n, self.batch, self.seed, self.start, self.stop = n, batch, seed, start, stop
         self.accumulate, self.rank, self.world, self.odds = accumulate, rank, world, odds
         self.steps_per_epoch = n // (batch * accumulate * world)
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulate
 
     def epoch(self, epoch):
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)) & (2**63 - 1))
@@ -576,12 +566,11 @@ def quiet_worker(_):
         signal.signal(which, signal.SIG_IGN)
 
 
-def loader(dataset, workers, pin, batches=None):
-    """A DataLoader over `batches` (a BatchSampler), or over single samples by number. Faults of workers are raised here."""
-    batched = {"batch_sampler": batches, "collate_fn": collate}
-    single = {"sampler": batches, "batch_size": None}
+def loader(dataset, workers, pin, order):
+    """A DataLoader over `order`: a BatchSampler, or the numbers of single samples. Faults of workers are raised here."""
+    how = {"batch_sampler": order, "collate_fn": collate} if isinstance(order, BatchSampler) else {"sampler": order, "batch_size": None}
     load = DataLoader(dataset, num_workers=workers, pin_memory=pin, worker_init_fn=quiet_worker,
-                      generator=torch.Generator().manual_seed(0), **(batched if isinstance(batches, BatchSampler) else single))
+                      generator=torch.Generator().manual_seed(0), **how)       # its own: workers' seeds come out of torch's otherwise
     try:
         for item in load:
             if isinstance(item, Fault):
@@ -611,7 +600,7 @@ def class_weights(counts, mode="median"):
 
 def sampling_weights(counts):
     """(N,) odds of drawing each image: first a class with odds exp((1 - its share) / 0.1), then one of the images
-    that hold it (rare class sampling, DAFormer, Hoyer et al. 2022, section 3.3, and its temperature)."""
+    that hold it (rare class sampling, DAFormer, Hoyer et al. 2022, section 3.3; its temperature is a sharper 0.01)."""
     share = counts.sum(0).double() / counts.sum().clamp(min=1)
     holds = (counts > 0).double()                                                    # (N, C)
     odds = ((1 - share) / 0.1).softmax(0) * (holds.sum(0) > 0)
@@ -730,7 +719,7 @@ def write_scenes(root, train=32, val=8, width=960, height=540):
 @command
 def main(argv=()):
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python data.py --data Offroad_Segmentation_Training_Dataset")
-    add_data_flags(parser).add_argument("--size", type=side, default=512, help="side of a training crop, pixels (512)")
+    add_data_flags(parser).add_argument("--size", type=side, default=256, help="side of a crop as drawn, pixels (256)")
     parser.add_argument("--out", metavar="DIR", default="outputs", help="where augmented.png goes (outputs)")
     args = parser.parse_args(argv)
     classes, root = load_classes(args.classes), find_data(args.data)
@@ -749,8 +738,8 @@ def main(argv=()):
                   + ("" if present else "   no pixel of it: its score will be n/a"))
         if split == splits[0]:
             path = Path(args.out) / "augmented.png"
-            save_image(path, augmented_sheet(pairs, min(args.size, 256)))
-            print(f"  look at {path}: crops as the networks see them, beside their labels")
+            save_image(path, augmented_sheet(pairs, args.size))
+            print(f"  look at {path}: augmented crops beside their labels")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -35,7 +34,7 @@ from losses import attention_loss, cwd_loss, feature_loss, hard_loss, ramp, soft
 from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, load_model, logits, old_key, predict
 from train_teacher import fit, open_data, processes
 
-TEACHERS = [f"{name}.pth" for name in evaluate.NAMES.values()]
+TEACHERS = [f"{name}.pth" for name in evaluate.TEACHER_NAMES.values()]
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -57,15 +56,16 @@ def make_parser():
                        "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
     group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
     kd = parser.add_argument_group("distillation")
-    positive, share = data.number(float, 0, 1000, open_low=True), data.number(float, 0, 1e6)
+    positive, weight = data.number(float, 0, 1000, open_low=True), data.number(float, 0, 1e6)
     kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
-    kd.add_argument("--alpha", default="0.3:0.7", metavar="START:END", help="share of the soft losses over the run (0.3:0.7)")
+    kd.add_argument("--alpha", type=parse_alpha, default="0.3:0.7", metavar="START:END",
+                    help="share of the soft losses over the run (0.3:0.7)")
     kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
     kd.add_argument("--average", choices=["logits", "probs"], default="logits", help="what the ensemble averages (logits)")
-    kd.add_argument("--kl", type=share, default=1.0, help="weight of the loss per pixel (1)")
-    kd.add_argument("--cwd", type=share, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
-    kd.add_argument("--feature", type=share, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
-    kd.add_argument("--attention", type=share, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
+    kd.add_argument("--kl", type=weight, default=1.0, help="weight of the loss per pixel (1)")
+    kd.add_argument("--cwd", type=weight, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
+    kd.add_argument("--feature", type=weight, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
+    kd.add_argument("--attention", type=weight, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
     kd.add_argument("--cache-teachers", action="store_true",
                     help="teachers see each whole image once; their maps are warped like the crops")
     train_teacher.add_train_flags(parser)
@@ -78,7 +78,7 @@ def make_parser():
 # ---------------------------------------------------------------------------------------------- teachers
 def needs_teachers(args):
     """Whether any term of the teachers' counts; where none does, they are not even loaded."""
-    return bool(args.feature or args.attention) or (max(parse_alpha(args.alpha)) > 0 and bool(args.kl or args.cwd))
+    return bool(args.feature or args.attention) or (max(args.alpha) > 0 and bool(args.kl or args.cwd))
 
 
 def file_digest(path):
@@ -87,14 +87,14 @@ def file_digest(path):
 
 
 def load_teachers(args, classes):
-    """(paths, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
+    """(digests, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
     paths = args.teachers or [Path(args.out) / name for name in TEACHERS]
     loaded = [load_model(path) for path in paths]
     for path, (_, meta) in zip(paths, loaded, strict=True):
         if data.class_names(meta["classes"]) != data.class_names(classes):
             raise data.Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes "
                              "or train it again")
-    return paths, loaded
+    return [file_digest(path) for path in paths], loaded
 
 
 def start_from_teacher(student, teachers):
@@ -119,9 +119,9 @@ def start_from_teacher(student, teachers):
     student.load_state_dict(state)
 
 
-def make_adapters(student, teachers, size=64):
+def make_adapters(student, teachers):
     """For each teacher and stage a 1x1 convolution from the student's width to the teacher's, or nothing if they agree."""
-    x = torch.zeros(1, 3, size, size)
+    x = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
         mine, *theirs = [copy.deepcopy(model).cpu().float().eval()(x, features=True)[1] for model in (student, *teachers)]
     return nn.ModuleList(nn.ModuleList(nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1)
@@ -131,13 +131,9 @@ def make_adapters(student, teachers, size=64):
 # ---------------------------------------------------------------------------------------------- the loss
 def make_loss(args, class_weight, teach=None, adapters=None):
     """The distillation loss as fit() takes it. teach(batch) -> (teachers' logits, K lists of their stages), or None."""
-    start, end = parse_alpha(args.alpha)
-
-    wants_stages = bool(args.feature or args.attention)
-
-    def loss(forward, batch, fraction):
-        alpha = ramp(start, end, fraction)
-        z, stages = forward(batch.image, features=True) if wants_stages else (forward(batch.image), [])
+    def loss(forward, batch, progress):
+        alpha = ramp(*args.alpha, progress)
+        z, stages = forward(batch.image, features=True)
         hard = hard_loss(z, batch.mask, class_weight, batch.weight_sum)
         total, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
         if teach is None:
@@ -165,11 +161,11 @@ def make_loss(args, class_weight, teach=None, adapters=None):
 class Cache:
     """The ensemble's logits of every whole training image, float16 at stride 4, in one memory-mapped file.
 
-    Built in one pass that goes on where it was cut off; `key` names all that the maps depend on, another key means
-    another file. Teachers see the whole clean image here, not the jittered crop."""
+    Built in one pass that goes on where it was cut off; `key` names all that the maps depend on, and a cache under another
+    key is replaced. Teachers see the whole clean image here, not the jittered crop."""
 
     def __init__(self, folder, key, pairs, size):
-        self.folder, self.key, self.pairs = Path(folder), train_teacher.plain(key), pairs
+        self.folder, self.key, self.pairs = Path(folder), train_teacher.as_json(key), pairs
         classes = len(pairs.classes)
         self.shapes = [(classes, h // 4, w // 4) for w, h in (data.whole_size(*s, size) for s in pairs.sizes)]
         self.starts = np.cumsum([0] + [int(np.prod(shape)) for shape in self.shapes])
@@ -178,24 +174,23 @@ class Cache:
 
     def open(self, world):
         """Maps the files; an old cache under another key is replaced. Returns which images are still to do."""
-        key, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
+        key_file, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
         if world.rank == 0:
             try:
-                stale = json.loads(key.read_text()) != self.key or \
+                stale = json.loads(key_file.read_text()) != self.key or \
                     (values.stat().st_size, done.stat().st_size) != (2 * self.starts[-1], len(self.pairs))
             except (OSError, ValueError):
                 stale = True
             if stale:
-                self.create(key, values, done)
-        if world.size > 1:
-            dist.barrier(world.control)
+                self.create(key_file, values, done)
+        world.agree(0)                                        # the others wait for the first
         self.values = np.memmap(values, np.float16, "r+")
         self.done = np.memmap(done, np.uint8, "r+")
         return np.flatnonzero(self.done == 0).tolist()
 
-    def create(self, key, values, done):
+    def create(self, key_file, values, done):
         need, free = 2 * int(self.starts[-1]), shutil.disk_usage(self.folder).free
-        key.unlink(missing_ok=True)
+        key_file.unlink(missing_ok=True)
         if need > free:
             raise data.Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
                              "free some or use another --out")
@@ -206,7 +201,7 @@ class Cache:
         except OSError as error:
             raise data.Fault(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use another --out",
                              status=1) from None
-        data.write_atomic(key, lambda file: file.write(json.dumps(self.key).encode()))
+        data.write_atomic(key_file, lambda file: file.write(json.dumps(self.key).encode()))
 
     def build(self, ensemble, world, dtype, workers):
         """Fills in what is missing, split over the processes; says beforehand what it takes."""
@@ -224,8 +219,7 @@ class Cache:
                 self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
                 self.done[n_pair] = 1
             self.values.flush()
-        if world.size > 1:
-            dist.barrier(world.control)
+        world.agree(0)                                        # until every process has filled in its share
 
     @torch.no_grad()
     def crops(self, batch):
@@ -243,7 +237,7 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------- the run
-def make_teach(args, world, train, student, paths, loaded):
+def make_teach(args, world, train, student, digests, loaded):
     """(teach as make_loss takes it, adapters or None) for loaded teachers."""
     dtype, stages = amp_dtype(args.amp, world.device), bool(args.feature or args.attention)
     weights = evaluate.ensemble_weights(args.teacher_weights, [meta for _, meta in loaded])
@@ -253,7 +247,7 @@ def make_teach(args, world, train, student, paths, loaded):
     if not args.cache_teachers:
         answer = torch.compile(ensemble) if args.compile else ensemble
         return lambda batch: answer(batch.image, features=True) if stages else (answer(batch.image), []), adapters
-    key = {"teachers": [file_digest(path) for path in paths], "weights": weights.tolist(), "average": args.average, "data": train.digest,
+    key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "data": train.digest,
            "size": args.size, "images": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
            "precision": str(dtype), "format": 1}
     cache = Cache(args.out, key, train, args.size)
@@ -263,7 +257,6 @@ def make_teach(args, world, train, student, paths, loaded):
 
 def check_flags(args):
     """What argparse cannot see, before anything is read."""
-    parse_alpha(args.alpha)
     if args.teacher_weights not in ("equal", "auto"):
         evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
     if args.cache_teachers and (args.feature or args.attention):
@@ -281,20 +274,17 @@ def main(argv=()):
         return demo(args)
     if args.bench:
         return bench(args)
-    classes = data.load_classes(args.classes)
     with processes(args.device) as world:
-        train, val = open_data(args, world, classes)
-        class_weight = data.class_weights(train.counts, args.class_weights).to(world.device)
+        train, val, class_weight = open_data(args, world)
         torch.manual_seed(args.seed)
-        student = build(args.arch, classes, "random" if args.init == "teacher" else args.init)
-        paths, loaded = load_teachers(args, classes) if needs_teachers(args) or args.init == "teacher" else ([], [])
-        identity = {"teachers": [file_digest(path) for path in paths]} if paths else {}
+        student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
+        digests, loaded = load_teachers(args, train.classes) if needs_teachers(args) or args.init == "teacher" else ([], [])
         if args.init == "teacher":
             start_from_teacher(student, [model for model, _ in loaded])
-        teach, adapters = make_teach(args, world, train, student, paths, loaded) if needs_teachers(args) else (None, None)
+        teach, adapters = make_teach(args, world, train, student, digests, loaded) if needs_teachers(args) else (None, None)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         return fit(student, args.arch, name, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight,
-                   adapters, identity)
+                   adapters, {"teachers": digests} if digests else None)
 
 
 # ---------------------------------------------------------------------------------------------- the demo
@@ -314,7 +304,7 @@ def demo(args):
     common += ["--overwrite"] * args.overwrite
     train_teacher.main(["--arch", "deeplab", *common])
     train_teacher.main(["--arch", "segformer", *common])
-    student, history = main(["--T", str(args.T), "--alpha", args.alpha, *common])
+    student, history = main(["--T", str(args.T), "--alpha", "{}:{}".format(*args.alpha), *common])
     checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
     evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
     path = min((out / "data" / "val" / "Color_Images").iterdir())

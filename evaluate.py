@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from models import ARCHS, Ensemble, amp_dtype, freeze, full_name, load_model, predict
+from models import ARCHS, Ensemble, amp_dtype, freeze, load_model, predict
 
-NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
+TEACHER_NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}           # file names of the teachers, as users know them
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -40,10 +40,10 @@ def confusion(labels, target, num_classes):
 
 def summary(matrix, classes):
     """(C, C) -> {"miou", "miou_present", "pixel_accuracy", "iou", "precision", "recall"}; by class name, None if absent."""
-    m = matrix.double().cpu()
-    hit, truth, said = m.diag(), m.sum(1), m.sum(0)
+    m = matrix.cpu().double()                                 # in this order: MPS has no float64
+    hit, truth, predicted = m.diag(), m.sum(1), m.sum(0)
     present = (truth > 0).tolist()
-    iou, precision, recall = hit / (truth + said - hit), hit / said.clamp(min=1), hit / truth.clamp(min=1)
+    iou, precision, recall = hit / (truth + predicted - hit), hit / predicted.clamp(min=1), hit / truth.clamp(min=1)
     table = {key: {entry["name"]: float(v) if here else None for entry, v, here in zip(classes, values, present, strict=True)}
              for key, values in (("iou", iou), ("precision", precision), ("recall", recall))}
     known = [v for v in table["iou"].values() if v is not None]
@@ -98,9 +98,9 @@ def time_interleaved(calls, device, seconds=1.5, least=5):
 
 
 @torch.no_grad()
-def count_gmacs(model, width=512, height=512):
-    """Multiply-adds of one forward, in 1e9, as torch counts them (matrix products, convolutions, attention products)."""
-    x = torch.zeros(1, 3, height, width, device=next(model.parameters()).device)
+def count_gmacs(model):
+    """Multiply-adds of one forward at 512x512, in 1e9, as torch counts them (matrix products, convolutions, attention products)."""
+    x = torch.zeros(1, 3, 512, 512, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x)
     return counter.get_total_flops() / 2e9
@@ -108,7 +108,8 @@ def count_gmacs(model, width=512, height=512):
 
 # ---------------------------------------------------------------------------------------------- charts and sheets
 INK, PAPER, GRID = (30, 30, 30), (255, 255, 255), (225, 225, 225)
-LINES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (23, 190, 207)]
+LINE_COLORS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189),
+               (140, 86, 75), (227, 119, 194), (23, 190, 207)]
 
 
 def round_ticks(low, high):
@@ -162,10 +163,10 @@ def draw_curves(history, classes, parts):
     image = Image.new("RGB", (1400, 900), PAPER)
     draw = ImageDraw.Draw(image)
     by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in data.class_names(classes)}
-    panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINES),
-              ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINES),
+    panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINE_COLORS),
+              ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINE_COLORS),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
-              ("alpha and learning rate / highest", {"alpha": of("alpha"), "lr": line([r["lr"] / fastest for r in history])}, LINES)]
+              ("alpha and learning rate / highest", {"alpha": of("alpha"), "lr": line([r["lr"] / fastest for r in history])}, LINE_COLORS)]
     for n, panel in enumerate(panels):
         x, y = n % 2 * 700, n // 2 * 450
         draw_panel(draw, (x, y, x + 700, y + 450), *panel, history[-1]["epoch"])
@@ -245,8 +246,9 @@ def print_table(rows, classes, sizes):
 def add_model_flags(parser, arch=None):
     """Flags of everything that runs a network; `arch`: the default of what is trained, None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    group.add_argument("--arch", type=full_name, choices=ARCHS, default=arch, metavar="ARCH",
-                       help=f"deeplab, segformer (b3), segformer-b0 to -b5 ({arch or 'what the checkpoint says; needed for bare state dicts'})")
+    group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name), choices=ARCHS, default=arch,
+                       metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
+                       f"({arch or 'what the checkpoint says; needed for bare state dicts'})")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="precision (auto: what the device does natively)")
@@ -303,7 +305,7 @@ def make_parser():
     images.add_argument("--workers", type=data.number(int, 0, 256), default=min(2, data.cores()),
                         help="processes that read files (up to 2)")
     group = add_model_flags(parser)
-    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student* to the table")
+    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student*, student_*")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")
@@ -315,23 +317,20 @@ def make_parser():
 
 def open_inputs(args):
     """(paths, [(network, meta)], the split) of the command line; all of one class table."""
-    paths = args.checkpoints or [path for name in (*NAMES.values(), "best_student") if (path := Path("outputs") / f"{name}.pth").exists()]
+    usual = [Path("outputs") / f"{name}.pth" for name in (*TEACHER_NAMES.values(), "best_student")]
+    paths = args.checkpoints or [path for path in usual if path.exists()]
     if not paths:
         raise data.Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
     classes = data.load_classes(args.classes)
     loaded = [load_model(path, args.arch, classes) for path in paths]
-    table = loaded[0][1]["classes"]
+    table, whose = (classes, f"--classes {args.classes}") if args.classes else (loaded[0][1]["classes"], paths[0])
     for path, (_, meta) in zip(paths, loaded, strict=True):
         if data.class_names(meta["classes"]) != data.class_names(table):
-            raise data.Fault(f"{path}: was trained on another class table than {paths[0]}; evaluate them apart")
-    pairs = data.Pairs(data.find_data(args.data), args.split, classes if args.classes else table, args.masks)
-    if data.class_names(pairs.classes) != data.class_names(table):
-        raise data.Fault(f"--classes {args.classes}: not the class table that {paths[0]} was trained on; leave the flag out")
-    return paths, loaded, pairs
+            raise data.Fault(f"{path}: was trained on another class table than that of {whose}; evaluate it apart")
+    return paths, loaded, data.Pairs(data.find_data(args.data), args.split, table, args.masks, Path(args.out) / f"scan_{args.split}.json")
 
 
 @data.command
-@torch.no_grad()
 def main(argv=()):
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
@@ -373,24 +372,23 @@ def build_rows(args, paths, loaded, device, dtype):
 def score_rows(args, rows, networks, pairs, dtype):
     """One pass over the split for all rows; fills in the scores and writes the images."""
     classes = pairs.classes
-    matrices, lowest, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
+    matrices, worst, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
     ensemble = next((k for k, row in enumerate(rows) if row["name"] == "ensemble"), None)
     for n, target, labels in data.progress(label_split(networks, pairs, dtype, args.workers), "scoring", total=len(pairs)):
         pixels += target.numel()
         for k, mine in enumerate(labels):
             matrix = confusion(mine, target, len(classes))
             matrices[k] += matrix
-            lowest[k].append((summary(matrix, classes)["miou_present"], n))
+            entry = summary(matrix, classes)["miou_present"], n, mine.cpu()
+            worst[k] = sorted([*worst[k], entry], key=lambda e: e[:2])[:args.save_worst]
             agree[k] += int((mine == labels[ensemble]).sum()) if ensemble is not None else 0
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
         name = "".join(c if c.isalnum() else "_" for c in row["name"])
         data.save_image(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
-        worst = sorted(lowest[k])[:args.save_worst]
-        again = label_split([networks[k]], pairs, dtype, numbers=[n for _, n in worst])
-        for (score, n), (_, _, (labels,)) in zip(worst, again, strict=True):
+        for score, n, labels in worst[k]:
             sheet = Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png"
-            data.save_image(sheet, worst_sheet(pairs, n, labels.cpu()))
+            data.save_image(sheet, worst_sheet(pairs, n, labels))
     for row, same in zip(rows, agree, strict=True) if ensemble is not None else []:
         row["to_ensemble"], row["agreement"] = row["miou"] - rows[ensemble]["miou"], same / pixels
 

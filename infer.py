@@ -156,18 +156,16 @@ def export_onnx(model, path, shape, dynamic=False):
     labeller, image = Labeller(model).eval(), torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     sides = None if not dynamic else {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}}
     buffer = io.BytesIO()
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(labeller, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"], output_names=["labels"],
                                     optimize=True, verbose=False)
         program.save(buffer)
     data.write_atomic(path, lambda file: file.write(buffer.getvalue()))
     session = session_of(path)
-    tries = [(height, width), (480, 640), (320, 544)] if dynamic else [(height, width)]
-    for h, w in tries:
+    for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
         ramp = torch.linspace(0, 255, w).expand(1, 3, h, w).roll(1, 1)
         image = (ramp + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
-        with torch.no_grad():
-            same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
+        same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
         print(f"{path}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
         if same < 0.999:
             raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, "
@@ -178,19 +176,16 @@ def quantize(path, target, images):
     """Weights and activations of the ONNX file `path` in 8 bits, calibrated on `images`, uint8 (1, 3, H, W) arrays.
 
     Attention's products, softmax and norms stay in float: quantised they cost more than they save."""
-    onnx, quantization = needs("onnx", "onnxruntime.quantization")
+    onnx, quantization, shape_inference = needs("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
 
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.left = iter(images)
+        feeds = iter([{"image": image} for image in images])
 
         def get_next(self):
-            image = next(self.left, None)
-            return None if image is None else {"image": image}
+            return next(self.feeds, None)
 
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "ready.onnx"
-        shape_inference = importlib.import_module("onnxruntime.quantization.shape_inference")
         shape_inference.quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
         floats = [node.name for node in onnx.load(ready).graph.node if node.op_type in ("MatMul", "Softmax", "LayerNormalization")]
         quantization.quantize_static(str(ready), str(target), Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,

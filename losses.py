@@ -2,8 +2,9 @@
 
     L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A,   a = ramp(start, end, progress)
 
-Each function takes what it is divided by (`weight_sum`, `valid`), so that gradient accumulation and several processes
-give the mean over the whole step, not a mean of means. Left out, the batch's own is used.
+hard_loss and soft_loss take what they are divided by (`weight_sum`, `valid`), so that gradient accumulation and several
+processes give the mean over the whole step, not a mean of means; left out, the batch's own is used. The others are means
+over the images of a batch.
 
 Letters: B batch, C classes, H W crop sides, h w = H/4 W/4, T temperature. Index 255 means "ignore".
 """
@@ -20,7 +21,7 @@ def ramp(start, end, progress):
     return start + (end - start) * progress
 
 
-def weight_of(mask, class_weight):
+def sum_weights(mask, class_weight):
     """Sum of the class weights of the valid pixels of (B, H, W): what the hard loss is divided by."""
     valid = mask != IGNORE
     return (class_weight[mask.where(valid, 0)] * valid).sum()
@@ -31,7 +32,7 @@ def small_mask(mask):
     return mask[:, 2::4, 2::4]
 
 
-def valid_of(mask):
+def count_valid(mask):
     """Number of valid cells at stride 4: what the soft loss is divided by."""
     return (small_mask(mask) != IGNORE).sum()
 
@@ -42,7 +43,7 @@ def hard_loss(z, mask, class_weight, weight_sum=None):
     Sum of weighted losses / sum of weights, as torch's; 0 where nothing is valid."""
     z = F.interpolate(z.float(), mask.shape[1:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(z, mask, class_weight, ignore_index=IGNORE, reduction="sum")
-    weight_sum = weight_of(mask, class_weight) if weight_sum is None else weight_sum
+    weight_sum = sum_weights(mask, class_weight) if weight_sum is None else weight_sum
     return loss / weight_sum.clamp(min=1e-8)
 
 
@@ -89,9 +90,9 @@ def feature_loss(stages, teacher_stages):
     return total / len(stages)
 
 
-def attention_map(stage):
-    """(B, width, h, w) -> (B, h*w): the energy at each position, of unit length an image."""
-    return F.normalize(stage.float().square().mean(1).flatten(1), dim=1)
+def energy(stage):
+    """(B, width, h, w) -> (B, 1, h, w): mean square over the channels."""
+    return stage.float().square().mean(1, keepdim=True)
 
 
 def attention_loss(stages, teacher_stages):
@@ -99,6 +100,6 @@ def attention_loss(stages, teacher_stages):
     summed over positions, mean over images and stages. Widths may differ; sizes are aligned to the student's."""
     total = 0.0
     for s, t in zip(stages, teacher_stages, strict=True):
-        energy = resized(t.float().square().mean(1, keepdim=True), s).sqrt()         # one channel with the same energy
-        total = total + (attention_map(s) - attention_map(energy)).square().sum(1).mean()
+        map_s, map_t = (F.normalize(e.flatten(1), dim=1) for e in (energy(s), resized(energy(t), s)))          # (B, h*w)
+        total = total + (map_s - map_t).square().sum(1).mean()
     return total / len(stages)

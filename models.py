@@ -22,13 +22,13 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from data import MEAN, STD, Fault, check_classes, class_names, normalize, write_atomic
+from data import MEAN, STD, Fault, brief, check_classes, class_names, normalize, write_atomic
 
 SEGFORMERS = {                                   # blocks by stage, widths by stage, D
     "segformer-b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256), "segformer-b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
     "segformer-b2": ((3, 4, 6, 3), (64, 128, 320, 512), 768), "segformer-b3": ((3, 4, 18, 3), (64, 128, 320, 512), 768),
     "segformer-b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768), "segformer-b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768)}
-ARCHS = ["deeplab", "segformer", *SEGFORMERS]
+ARCHS = ["deeplab", *SEGFORMERS]
 
 
 # ---------------------------------------------------------------------------------------------- architectures
@@ -101,13 +101,8 @@ class SegFormer(SegformerForSemanticSegmentation):
             return weights, torch.stack([piece @ proj.bias for piece, proj in pairs]).sum(0)
 
 
-def full_name(arch):
-    return "segformer-b3" if arch == "segformer" else arch
-
-
 def build(arch, classes, init="random"):
     """A network of `arch` for a class table. `init`: "random", "imagenet", or a path (see README, "Weights")."""
-    arch = full_name(arch)
     if arch == "deeplab":
         model = DeepLabV3Plus(len(classes))
         if init == "imagenet":
@@ -133,7 +128,7 @@ def downloaded(fetch):
     try:
         return fetch()
     except OSError as error:
-        raise Fault(f"--init imagenet: the weights cannot be downloaded ({' '.join(str(error).split())[:80]}); use --init PATH "
+        raise Fault(f"--init imagenet: the weights cannot be downloaded ({brief(error)}); use --init PATH "
                     "(a ResNet50 state dict, a folder of mit-bN, or a checkpoint) or --init random") from None
 
 
@@ -147,7 +142,7 @@ def load_folder(path, arch, config):
     except Exception as error:
         if not local:
             raise
-        raise Fault(f"--init {path}: not a readable folder of nvidia/mit-{arch[-2:]} ({' '.join(str(error).split())[:80]})") from None
+        raise Fault(f"--init {path}: not a readable folder of nvidia/mit-{arch[-2:]} ({brief(error)})") from None
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     missing = [key for key in (*info["missing_keys"], *mismatched) if not key.startswith("decode_head.")]
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(("classifier.", "decode_head."))]
@@ -224,13 +219,10 @@ def guess_arch(state):
     keys = {old_key(key): value for key, value in state.items()}
     if "backbone.layer1.0.conv1.weight" in keys and "aspp.project.0.weight" in keys:
         return "deeplab"
-    for arch, (depths, widths, head) in SEGFORMERS.items():
-        blocks = tuple(len({k.split(".")[4] for k in keys if k.startswith(f"segformer.encoder.block.{s}.")}) for s in range(4))
-        fuse = keys.get("decode_head.linear_fuse.weight")
-        embed = keys.get("segformer.encoder.patch_embeddings.0.proj.weight")
-        if blocks == depths and fuse is not None and len(fuse) == head and embed is not None and len(embed) == widths[0]:
-            return arch
-    return None
+    blocks = tuple(len({k.split(".")[4] for k in keys if k.startswith(f"segformer.encoder.block.{s}.")}) for s in range(4))
+    width = len(keys.get("segformer.encoder.patch_embeddings.0.proj.weight", ()))
+    head = len(keys.get("decode_head.linear_fuse.weight", ()))
+    return next((arch for arch, (depths, widths, D) in SEGFORMERS.items() if (depths, widths[0], D) == (blocks, width, head)), None)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -245,7 +237,7 @@ def read_file(path, flag=""):
     except pickle.UnpicklingError:
         raise Fault(f"{where}: holds something other than plain weights, or is no checkpoint; it was not run. Save a state dict") from None
     except Exception as error:  # noqa: BLE001 -- a torn file fails anywhere in torch.load
-        raise Fault(f"{where}: damaged or no checkpoint ({' '.join(str(error).split())[:80]}); train it again or name another") from None
+        raise Fault(f"{where}: damaged or no checkpoint ({brief(error)}); train it again or name another") from None
 
 
 def read_checkpoint(path, flag=""):
@@ -264,7 +256,7 @@ def load_model(path, arch=None, classes=None):
     meta: arch, classes, mean, std, size, epoch, val_miou, val_iou {class: IoU or None}, args."""
     state, meta = read_checkpoint(path)
     found = guess_arch(state)
-    wanted = full_name(arch) if arch else meta.get("arch")
+    wanted = arch or meta.get("arch")
     if wanted is None:
         raise Fault(f"{path}: a bare state dict does not say its architecture; give --arch{f' {found}' if found else ''}")
     if found != wanted:
@@ -278,13 +270,12 @@ def load_model(path, arch=None, classes=None):
         raise Fault(f"{path}: has size {meta['size']!r}, no side in pixels; the file is damaged, train it again")
     model = build(wanted, table)
     fill(model, translate(state, model), str(path), wanted)
-    meta = {"size": 512, "val_miou": None, "args": {}, **meta, "val_iou": meta.get("val_iou") or {}}
-    return model.eval(), {**meta, "arch": wanted, "classes": table}
+    return model.eval(), {"size": 512, **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
 
 
 def save_model(path, model, arch, classes, **meta):
     """Writes a checkpoint of plain types: model_state_dict with transformers' own keys, and what rebuilds the network."""
-    content = {"model_state_dict": model.state_dict(), "arch": full_name(arch), "classes": classes, "mean": list(MEAN),
+    content = {"model_state_dict": model.state_dict(), "arch": arch, "classes": classes, "mean": list(MEAN),
                "std": list(STD), **meta}
     write_atomic(path, lambda file: torch.save(content, file))
 
@@ -357,22 +348,19 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def forward(self, x, features=False):
         """(B, 3, H, W) -> (B, C, h, w) float32; with `features` also K lists of stages."""
-        answers = [model(x, features=True) if features else (model(x), []) for model in self.models]
-        z = self.combine([z.float() for z, _ in answers])
-        return (z, [stages for _, stages in answers]) if features else z
-
-    def combine(self, zs):
-        """K maps of logits, aligned to the first one's size -> their weighted mean."""
-        size, total = zs[0].shape[2:], 0
-        for z, weight in zip(zs, self.weights, strict=True):
+        outputs = [model(x, features=True) if features else (model(x), []) for model in self.models]
+        size, mean = outputs[0][0].shape[2:], 0
+        for (z, _), weight in zip(outputs, self.weights, strict=True):
+            z = z.float()
             if z.shape[2:] != size:
                 z = F.interpolate(z, size, mode="bilinear", align_corners=False)
             if self.average == "probs":
                 z = z.softmax(1)
             elif weight.numel() > 1:
                 z = z - z.mean(1, keepdim=True)
-            total = total + weight * z
-        return total.clamp_min(1e-8).log() if self.average == "probs" else total
+            mean = mean + weight * z
+        z = mean.clamp_min(1e-8).log() if self.average == "probs" else mean
+        return (z, [stages for _, stages in outputs]) if features else z
 
 
 @torch.no_grad()

@@ -987,6 +987,15 @@ def test_killed_at_random_moments_ends_with_the_same_bits(scenes, tmp_path, trai
     assert logs[0] == logs[1] and [r["epoch"] for r in logs[0]] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("other", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_remembered_and_a_second_of_either_kind_would_end_the_process(other):
+    before = signal.getsignal(other)
+    with train_teacher.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number == signal.SIGINT and signal.getsignal(other) is signal.SIG_DFL
+    assert signal.getsignal(other) is before
+
+
 @pytest.mark.slow
 def test_second_ctrl_c_stops_at_once(scenes, tmp_path):
     code = "import sys, time, train_teacher\nonce = train_teacher.train_step\n" \

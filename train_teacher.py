@@ -35,12 +35,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from evaluate import NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
-from losses import hard_loss, valid_of, weight_of
+from evaluate import TEACHER_NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
+from losses import count_valid, hard_loss, sum_weights
 from models import amp_dtype, autocast, build, freeze, memory_format, read_file, save_model
 
 COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
-SLOW = 10                                        # steps between two looks at what lies on the device
+CHECK_EVERY = 10                                        # steps between two looks at what lies on the device
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -120,7 +120,8 @@ class Signals:
 
     def take(self, which, frame):
         self.number = which
-        signal.signal(which, signal.SIG_DFL)
+        for each in self.previous:
+            signal.signal(each, signal.SIG_DFL)
 
     def __exit__(self, *error):
         for which, handler in self.previous.items():
@@ -134,11 +135,11 @@ def learning_rate(step, total, peak):
     return peak * min(1.0, (step + 1) / warm) * (1 - step / total)
 
 
-def parameter_groups(model, arch, lr, extras=None):
+def parameter_groups(model, arch, lr, adapters=None):
     """AdamW groups: head (and adapters) at ten times the encoder's rate, no decay on norms and biases."""
     encoder = "backbone." if arch == "deeplab" else "segformer."
     groups = {(peak, decay): [] for peak in (lr, 10 * lr) for decay in (0.0, 0.01)}
-    for name, parameter in (*model.named_parameters(), *(extras.named_parameters() if extras else ())):
+    for name, parameter in (*model.named_parameters(), *(adapters.named_parameters() if adapters else ())):
         groups[lr if name.startswith(encoder) else 10 * lr, 0.01 if parameter.ndim > 1 else 0.0].append(parameter)
     return [{"params": params, "peak": peak, "weight_decay": decay} for (peak, decay), params in groups.items() if params]
 
@@ -150,27 +151,27 @@ class Job(NamedTuple):
     forward: torch.nn.Module                     # the model, or it in DistributedDataParallel, or compiled
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    loss: Callable                               # loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number})
+    loss: Callable                               # loss(forward, batch, progress) -> (0-d loss, {part: 0-d tensor or number})
     class_weight: torch.Tensor                   # (C,)
     world: World
     dtype: torch.dtype | None
     seed: int
 
 
-def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, extras=None, compiled=False):
+def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, adapters=None, compiled=False):
     """Puts a network and its adapters on the device, with their optimizer, as fit() and the bench use them."""
     model.to(world.device, memory_format=memory_format(arch)).train()
-    if extras is not None:
-        extras.to(world.device).train()
+    if adapters is not None:
+        adapters.to(world.device).train()
     forward = model
     if world.size > 1:
         gpu = world.device.type == "cuda"
         warnings.filterwarnings("ignore", "Grad strides do not match")               # of 1x1 convolutions, for which both orders are one
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
         forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
-        for parameter in extras.parameters() if extras is not None else ():
+        for parameter in adapters.parameters() if adapters is not None else ():
             parameter.register_hook(average_over_processes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, arch, lr, extras), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, arch, lr, adapters), fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     return Job(model, torch.compile(forward) if compiled else forward, optimizer, scaler, loss, class_weight, world, dtype, seed)
 
@@ -181,14 +182,14 @@ def average_over_processes(gradient):
     return gradient / dist.get_world_size()
 
 
-def backward(job, batches, step, fraction):
+def backward(job, batches, step, progress):
     """Gradients of one step from its micro-batches; returns {"loss": ..., parts of the loss} as 0-d tensors on the device.
 
     What the losses are divided by is summed over micro-batches and processes first: two half batches, or two
     processes with half a batch each, give the gradient of the whole."""
     world = job.world
     batches = [data.to_device(batch, world.device) for batch in batches]
-    norms = torch.stack([sum(weight_of(b.mask, job.class_weight) for b in batches), sum(valid_of(b.mask) for b in batches).float()])
+    norms = torch.stack([sum(sum_weights(b.mask, job.class_weight) for b in batches), sum(count_valid(b.mask) for b in batches).float()])
     if world.size > 1:
         dist.all_reduce(norms)
         norms /= world.size                                   # DistributedDataParallel takes the mean of gradients
@@ -199,7 +200,7 @@ def backward(job, batches, step, fraction):
         last = world.size == 1 or n == len(batches) - 1
         with contextlib.nullcontext() if last else job.forward.no_sync():
             with autocast(world.device, job.dtype):
-                loss, parts = job.loss(job.forward, batch, fraction)
+                loss, parts = job.loss(job.forward, batch, progress)
             job.scaler.scale(loss).backward()
         for name, part in {"loss": loss, **parts}.items():
             part = part.detach() if isinstance(part, torch.Tensor) else part / len(batches)
@@ -244,18 +245,18 @@ def train_step(job, batches, step, total, sums):
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=None, identity=None):
+def fit(model, arch, name, loss, train, val, args, world, class_weight, adapters=None, identity=None):
     """Trains `model`; returns it with its last weights, in eval mode, and the epoch records. Goes on where the same run was left.
 
-    loss(forward, batch, fraction) -> (0-d loss, {part: 0-d tensor or number}); fraction runs 0 -> 1.
-    extras: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
+    loss(forward, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress runs 0 -> 1.
+    adapters: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
     device, out, started = world.device, Path(args.out), time.time()
     dtype = amp_dtype(args.amp, device)
     global_batch = args.batch_size * args.accumulate * world.size
     per_epoch = len(train) // global_batch
     check_batch(args, arch, len(train), global_batch)
     total = min(args.epochs * per_epoch, args.steps or math.inf)
-    job = make_job(model, arch, loss, class_weight, world, dtype, args.lr, args.seed, extras, args.compile)
+    job = make_job(model, arch, loss, class_weight, world, dtype, args.lr, args.seed, adapters, args.compile)
     model, optimizer, scaler = job.model, job.optimizer, job.scaler
 
     path = out / "checkpoints" / f"{name}.pth"
@@ -268,7 +269,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     header = describe_run(name, args, model, train, val, device, dtype, world, total)
     if state:
         step, history, best, header = (state["training"][key] for key in ("step", "history", "best", "header"))
-        sums = restore(job, state, extras)
+        sums = restore(job, state, adapters)
         if state["training"]["done"]:
             if not (out / f"{name}.pth").exists():
                 raise data.Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, "
@@ -292,13 +293,13 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                         "settings": settings, "done": done}
             if not done:
                 training |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                             "extras": extras.state_dict() if extras is not None else {}}
-            save_model(path, model, arch, train.classes, **about(), training=training)
+                             "adapters": adapters.state_dict() if adapters is not None else {}}
+            save_model(path, model, arch, train.classes, **checkpoint_meta(), training=training)
 
-    def about():
+    def checkpoint_meta():
         last = history[-1] if history else {}
         return {"size": args.size, "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
-                "val_iou": last.get("val_iou") or {}, "args": plain(vars(args))}
+                "val_iou": last.get("val_iou") or {}, "args": as_json(vars(args))}
 
     def validate():
         """The scores of the present weights, or None if a signal came in between."""
@@ -320,8 +321,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
     order = data.BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
     batches = data.loader(data.Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
     bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
-    bad, saved = torch.zeros((), device=device), time.monotonic()
-    waited, epoch_start, first = 0.0, time.perf_counter(), step
+    nonfinite, saved = torch.zeros((), device=device), time.monotonic()
+    waited, epoch_start, timed_from = 0.0, time.perf_counter(), step
     with Signals() as signals, bar, out_of_memory(args):
         while True:
             stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
@@ -337,13 +338,14 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
                 if due and scores is None:
                     continue                                  # a signal came in between
                 history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr),
-                                **timings((step - first) * global_batch, device, epoch_start, waited), **validation(scores)})
+                                **timings((step - timed_from) * global_batch, device, epoch_start, waited),
+                                **{f"val_{key}": scores and scores[key] for key in ("miou", "miou_present", "pixel_accuracy", "iou")}})
                 if scores and scores["miou"] > best:
                     best = scores["miou"]
                     if world.rank == 0:
-                        save_model(out / f"{name}.pth", model, arch, train.classes, **about())
+                        save_model(out / f"{name}.pth", model, arch, train.classes, **checkpoint_meta())
                 report(world, out, name, header, history, train.classes, bar)
-                sums, waited, epoch_start, first = {}, 0.0, time.perf_counter(), step
+                sums, waited, epoch_start, timed_from = {}, 0.0, time.perf_counter(), step
             if stop:
                 save_state()
                 raise data.Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
@@ -357,12 +359,12 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, extras=N
             micro = [next(batches) for _ in range(args.accumulate)]
             waited += time.perf_counter() - clock
             parts, finite = train_step(job, micro, step, total, sums)
-            bad = (bad + 1).where(~finite, 0)
+            nonfinite = (nonfinite + 1).where(~finite, 0)
             step += 1
             bar.update()
-            if step % SLOW == 0:
+            if step % CHECK_EVERY == 0:
                 bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
-                if bad >= SLOW:
+                if nonfinite >= CHECK_EVERY:
                     raise nonfinite_fault(name, step, parts, micro, train, path)
         save_state(done=True)
     world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; "
@@ -393,7 +395,7 @@ def out_of_memory(args):
 def nonfinite_fault(name, step, parts, micro, train, path):
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
     files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
-    return data.Fault(f"{name}: {SLOW} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); "
+    return data.Fault(f"{name}: {CHECK_EVERY} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); "
                       f"lower --lr or use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
 
 
@@ -411,7 +413,7 @@ def find_state(path, best, settings, overwrite):
         old = state["training"]["settings"]
     except (data.Fault, KeyError, TypeError):
         raise data.Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
-    other = sorted(key for key in {*old, *settings} if plain(old.get(key)) != plain(settings.get(key)))
+    other = sorted(key for key in {*old, *settings} if as_json(old.get(key)) != as_json(settings.get(key)))
     if other:
         flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
         names = ", ".join(f"{flag} (was {str(old.get(key))[:40]}, now {str(settings.get(key))[:40]})"
@@ -420,15 +422,15 @@ def find_state(path, best, settings, overwrite):
     return state
 
 
-def restore(job, state, extras):
+def restore(job, state, adapters):
     """Puts a state's weights, moments and scaler back; returns its sums, which only the first process holds."""
     training, world = state["training"], job.world
     job.model.load_state_dict(state["model_state_dict"])
     if not training["done"]:
         job.optimizer.load_state_dict(training["optimizer"])
         job.scaler.load_state_dict(training["scaler"])
-        if extras is not None:
-            extras.load_state_dict(training["extras"])
+        if adapters is not None:
+            adapters.load_state_dict(training["adapters"])
     if not training["sums"]:
         return {}
     values = training["sums"]["values"].to(world.device)
@@ -436,13 +438,13 @@ def restore(job, state, extras):
 
 
 # ---------------------------------------------------------------------------------------------- records
-def plain(value):
+def as_json(value):
     """Tuples and paths as JSON has them, so that a stored value compares equal to a fresh one."""
     return json.loads(json.dumps(value, default=str))
 
 
 def describe_run(name, args, model, train, val, device, dtype, world, total):
-    return {"run": {"name": name, "args": plain(vars(args)), "steps": total, "processes": world.size,
+    return {"run": {"name": name, "args": as_json(vars(args)), "steps": total, "processes": world.size,
                     "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                                  "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
                     "device": describe_device(device, dtype), "machine": platform.machine(),
@@ -483,12 +485,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def validation(scores):
-    scores = scores or {}
-    return {"val_miou": scores.get("miou"), "val_miou_present": scores.get("miou_present"),
-            "val_pixel_accuracy": scores.get("pixel_accuracy"), "val_iou": scores.get("iou")}
-
-
 def score_line(history, best):
     return f"last mIoU {history[-1]['val_miou']:.4f}, best {best:.4f}"
 
@@ -513,8 +509,9 @@ def report(world, out, name, header, history, classes, bar):
 
 
 # ---------------------------------------------------------------------------------------------- command
-def open_data(args, world, classes):
-    """The two splits; counts of the training masks are kept beside the outputs. Rank 0 reads first."""
+def open_data(args, world):
+    """(training split, validation split, (C,) class weights); what masks hold is kept beside the outputs. Rank 0 reads first."""
+    classes = data.load_classes(args.classes)
     root, out = data.find_data(args.data), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -535,7 +532,7 @@ def open_data(args, world, classes):
     empty = [c["name"] for c, n in zip(classes, splits[0].counts.sum(0), strict=True) if not n]
     if empty:
         world.say(f"train: no pixel of {', '.join(empty)}; these classes weigh 1 and cannot be learnt")
-    return splits
+    return *splits, data.class_weights(splits[0].counts, args.class_weights).to(world.device)
 
 
 @data.command
@@ -547,18 +544,16 @@ def main(argv=()):
                        "dict, a folder of mit-bN, or a checkpoint (imagenet)")
     add_train_flags(parser)
     args = parser.parse_args(argv)
-    classes = data.load_classes(args.classes)
     with processes(args.device) as world:
-        train, val = open_data(args, world, classes)
-        class_weight = data.class_weights(train.counts, args.class_weights).to(world.device)
+        train, val, class_weight = open_data(args, world)
         torch.manual_seed(args.seed)
-        model = build(args.arch, classes, args.init)
+        model = build(args.arch, train.classes, args.init)
 
-        def loss(forward, batch, fraction):
+        def loss(forward, batch, progress):
             hard = hard_loss(forward(batch.image), batch.mask, class_weight, batch.weight_sum)
             return hard, {"hard": hard}
 
-        return fit(model, args.arch, NAMES.get(args.arch, args.arch), loss, train, val, args, world, class_weight)
+        return fit(model, args.arch, TEACHER_NAMES.get(args.arch, args.arch), loss, train, val, args, world, class_weight)
 
 
 if __name__ == "__main__":
