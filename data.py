@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +51,7 @@ class Fault(Exception):
 
 def brief(error):
     """What an exception says, as part of a line."""
-    return " ".join(str(error).split())[:80]
+    return textwrap.shorten(str(error), 90, placeholder=" ...")
 
 
 def command(main):
@@ -110,7 +111,7 @@ def add_data_flags(parser):
     group.add_argument("--data", metavar="DIR", help=f"folder with train/ and val/ (default: {ROOT_NAME} here or "
                        "anywhere under /kaggle/input)")
     group.add_argument("--classes", metavar="FILE", help='JSON list of {"name", "id", "color"} (default: ten desert classes)')
-    group.add_argument("--masks", choices=["ids", "indices"], help="what masks hold, where their values fit both")
+    group.add_argument("--masks", choices=["ids", "indices"], help="what masks hold (seen from their values; needed where both fit)")
     return group
 
 
@@ -337,7 +338,10 @@ def mask_form(values, names, classes, flag=None):
             raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; "
                         "say --masks ids or --masks indices")
     if not union & (ids if form == "ids" else indices - {IGNORE}):
-        raise Fault(f"{names[0]}: labels {sorted(union)[:8]} are in no class table entry; name the right table with --classes FILE")
+        strange = max(union)
+        where = next(name for mine, name in zip(values, names, strict=True) if strange in mine)
+        raise Fault(f"{where}: label {strange} is in no class table entry, neither as id nor as index (0 to {len(classes) - 1}); "
+                    "name the right table with --classes FILE")
     return form
 
 
@@ -625,6 +629,10 @@ def index_image(labels, classes):
 font = ImageFont.load_default                                 # font(size in pixels)
 
 
+def percent(share):
+    return f"{100 * share:.1f} %" if share >= 0.001 else "< 0.1 %"
+
+
 def overlay(image, labels, classes, legend=True):
     """A PIL RGB image with its labels (H, W) laid over it, and a legend of the classes present with their shares,
     left out where it would hide more than it tells."""
@@ -635,7 +643,7 @@ def overlay(image, labels, classes, legend=True):
     present = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
     line = max(9, min(image.height // 30, image.width // 24))
     draw = ImageDraw.Draw(mixed, "RGBA")
-    rows = [(palette(classes)[c], f"{classes[c]['name']}  {100 * counts[c] / counts.sum():.2g} %") for c in present]
+    rows = [(palette(classes)[c], f"{classes[c]['name']}  {percent(counts[c] / counts.sum())}") for c in present]
     width = max([draw.textlength(text, font(line)) for _, text in rows], default=0) + 3 * line
     draw.rectangle((0, 0, width, (len(rows) + 0.5) * 1.3 * line), fill=(0, 0, 0, 150))
     for n, (color, text) in enumerate(rows):
@@ -652,7 +660,7 @@ def augmented_sheet(pairs, size):
     for n in range(rows * columns // 2):
         pair = n * len(pairs) // (rows * columns // 2) % len(pairs)
         image, mask = pairs.crop(pair, size, draw_affine(rng, *pairs.sizes[pair], size))
-        jittered = color_jitter(image[None].float() / 255, torch.from_numpy(draw_jitter(rng))[None])[0]
+        jittered = color_jitter(image[None].float() / 255, torch.from_numpy(draw_jitter(rng))[None].float())[0]
         shown = Image.fromarray((jittered * 255).byte().permute(1, 2, 0).numpy())
         x, y = 2 * n % columns * size, 2 * n // columns * size
         sheet.paste(shown, (x, y))
@@ -719,8 +727,9 @@ def write_scenes(root, train=32, val=8, width=960, height=540):
 @command
 def main(argv=()):
     parser = Parser(__doc__.split("\n\n")[0], epilog="example: python data.py --data Offroad_Segmentation_Training_Dataset")
-    add_data_flags(parser).add_argument("--size", type=side, default=256, help="side of a crop as drawn, pixels (256)")
-    parser.add_argument("--out", metavar="DIR", default="outputs", help="where augmented.png goes (outputs)")
+    group = add_data_flags(parser)
+    group.add_argument("--size", type=side, default=256, help="side of a crop as drawn, pixels (256)")
+    group.add_argument("--out", metavar="DIR", default="outputs", help="where augmented.png goes (outputs)")
     args = parser.parse_args(argv)
     classes, root = load_classes(args.classes), find_data(args.data)
     splits = [name for name in ("train", "val") if (root / name).is_dir()]

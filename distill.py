@@ -62,7 +62,7 @@ def make_parser():
                     help="share of the soft losses over the run (0.3:0.7)")
     kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
     kd.add_argument("--average", choices=["logits", "probs"], default="logits", help="what the ensemble averages (logits)")
-    kd.add_argument("--kl", type=weight, default=1.0, help="weight of the loss per pixel (1)")
+    kd.add_argument("--kl", type=weight, default=1.0, help="weight of KL, the loss per pixel (1)")
     kd.add_argument("--cwd", type=weight, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
     kd.add_argument("--feature", type=weight, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
     kd.add_argument("--attention", type=weight, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
@@ -92,8 +92,8 @@ def load_teachers(args, classes):
     loaded = [load_model(path) for path in paths]
     for path, (_, meta) in zip(paths, loaded, strict=True):
         if data.class_names(meta["classes"]) != data.class_names(classes):
-            raise data.Fault(f"--teachers {path}: was trained on another class table than the student's; name it with --classes "
-                             "or train it again")
+            raise data.Fault(f"--teachers {path}: was trained on another class table than the student's; give its table with "
+                             "--classes, or name other teachers")
     return [file_digest(path) for path in paths], loaded
 
 
@@ -213,7 +213,7 @@ class Cache:
                 if n == 0:
                     start = time.perf_counter()               # the first image takes longer, and waits for the workers
                 if n == 1:
-                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images, {2 * self.starts[-1] / 1e6:.0f} MB in "
+                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images to compute, {2 * self.starts[-1] / 1e6:.0f} MB in "
                               f"{self.folder}, about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
                 z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
                 self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()

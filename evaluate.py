@@ -147,7 +147,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), colors[n % len(colors)])
         y = top + 18 * n
         draw.rectangle((right + 12, y + 2, right + 24, y + 12), colors[n % len(colors)])
-        last = next((f" {v:.3g}" for _, v in reversed(line) if v is not None), " n/a")
+        last = next((f" {v:.3f}" for _, v in reversed(line) if v is not None), " n/a")
         draw.text((right + 30, y), name[:16] + last, INK, data.font(13))
 
 
@@ -166,14 +166,15 @@ def draw_curves(history, classes, parts):
     panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINE_COLORS),
               ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINE_COLORS),
               ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
-              ("alpha and learning rate / highest", {"alpha": of("alpha"), "lr": line([r["lr"] / fastest for r in history])}, LINE_COLORS)]
+              ("alpha and learning rate",
+               {"alpha": of("alpha"), f"lr / {fastest:.1e}": line([r["lr"] / fastest for r in history])}, LINE_COLORS)]
     for n, panel in enumerate(panels):
         x, y = n % 2 * 700, n // 2 * 450
         draw_panel(draw, (x, y, x + 700, y + 450), *panel, history[-1]["epoch"])
     return image
 
 
-def draw_confusion(matrix, classes):
+def draw_confusion(matrix, classes, name):
     """Shares of each true class (row) by predicted class (column) in percent, legible with 10 and with 30 classes."""
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
     count, cell = len(classes), max(34, min(64, 1400 // len(classes)))
@@ -182,7 +183,7 @@ def draw_confusion(matrix, classes):
     side_length = margin + count * cell + 12
     image = Image.new("RGB", (side_length, side_length + 24), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), "row: truth, column: prediction, % of row", INK, data.font(14))
+    draw.text((8, 6), f"{name}: row is truth, column prediction, in % of the row", INK, data.font(14))
     for n, entry in enumerate(classes):
         at = margin + n * cell
         draw.text((margin - 8, at + 24 + cell / 2), entry["name"][:24], INK, data.font(15), anchor="rm")
@@ -195,7 +196,7 @@ def draw_confusion(matrix, classes):
             shade = tuple(int(255 - value * (255 - v)) for v in (20, 90, 160))
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
             if value >= 0.005:
-                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", PAPER if value > 0.5 else INK, data.font(size), anchor="mm")
+                draw.text((x + cell / 2, y + cell / 2), f"{100 * value:.0f}", PAPER if value > 0.6 else INK, data.font(size), anchor="mm")
         if not matrix[n].sum():
             draw.text((margin + 6, at + 24 + cell / 2), "n/a: in no mask", INK, data.font(14), anchor="lm")
     return image
@@ -233,7 +234,7 @@ def print_table(rows, classes, sizes):
     print_columns([["model", "params M", "GMACs", "MB", *(forms[key][0] for key in keys)]] + [
         [row["name"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}", f"{row['size'] / 1e6:.1f}",
          *(format(row[key], forms[key][1]) for key in keys)] for row in rows])
-    print_columns([["speed", *(head for h, w in sizes for head in (f"{h}x{w}: ms", "spread", "FPS")), "<50 ms"]] + [
+    print_columns([["speed", *(head for h, w in sizes for head in (f"{h}x{w}: ms", "spread", "FPS")), "both <50 ms"]] + [
         [row["name"],
          *(cell for s in row["speed"] for cell in (f"{s['ms']:.1f}", f"{s['lowest']:.1f}-{s['highest']:.1f}", f"{s['fps']:.1f}")),
          "yes" if all(s["ms"] < 50 for s in row["speed"]) else "no"] for row in rows])
@@ -249,7 +250,8 @@ def add_model_flags(parser, arch=None):
     group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name), choices=ARCHS, default=arch,
                        metavar="ARCH", help="deeplab, segformer (b3), segformer-b0 to -b5 "
                        f"({arch or 'what the checkpoint says; needed for bare state dicts'})")
-    group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu", help="(auto)")
+    group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu",
+                       help="where to compute (auto: the first of cuda, mps, cpu)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="precision (auto: what the device does natively)")
     return group
@@ -298,7 +300,7 @@ def ensemble_weights(value, metas):
 
 def make_parser():
     parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python evaluate.py outputs/*.pth --ensemble --json scores.json")
-    parser.add_argument("checkpoints", nargs="*", help="(default: the teachers and the student in outputs/)")
+    parser.add_argument("checkpoints", nargs="*", help="(default: the teachers and the student in --out)")
     images = data.add_data_flags(parser)
     images.add_argument("--split", default="val", help="folder below --data, or . if --data itself holds Color_Images (val)")
     images.add_argument("--size", type=data.side, help="shorter side that the networks see, pixels (that of training)")
@@ -317,10 +319,10 @@ def make_parser():
 
 def open_inputs(args):
     """(paths, [(network, meta)], the split) of the command line; all of one class table."""
-    usual = [Path("outputs") / f"{name}.pth" for name in (*TEACHER_NAMES.values(), "best_student")]
+    usual = [Path(args.out) / f"{name}.pth" for name in (*TEACHER_NAMES.values(), "best_student")]
     paths = args.checkpoints or [path for path in usual if path.exists()]
     if not paths:
-        raise data.Fault("no checkpoints: none named, and outputs/ holds neither deep_lab.pth, best_model.pth nor best_student.pth")
+        raise data.Fault(f"no checkpoints: none named, and --out {args.out} holds none of {', '.join(path.name for path in usual)}")
     classes = data.load_classes(args.classes)
     loaded = [load_model(path, args.arch, classes) for path in paths]
     table, whose = (classes, f"--classes {args.classes}") if args.classes else (loaded[0][1]["classes"], paths[0])
@@ -385,9 +387,13 @@ def score_rows(args, rows, networks, pairs, dtype):
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
         name = "".join(c if c.isalnum() else "_" for c in row["name"])
-        data.save_image(Path(args.out) / f"confusion_{name}.png", draw_confusion(matrices[k].cpu(), classes))
+        chart = draw_confusion(matrices[k].cpu(), classes, f"{row['name']}, {pairs.split}")
+        data.save_image(Path(args.out) / f"confusion_{name}.png", chart)
+        folder = Path(args.out) / f"worst_{name}"
+        for old in folder.glob("[01].[0-9][0-9][0-9]_*.png") if worst[k] else []:
+            old.unlink()                                      # of an earlier evaluation
         for score, n, labels in worst[k]:
-            sheet = Path(args.out) / f"worst_{name}" / f"{score:.3f}_{pairs.pairs[n][0].stem}.png"
+            sheet = folder / f"{score:.3f}_{pairs.pairs[n][0].stem}.png"
             data.save_image(sheet, worst_sheet(pairs, n, labels))
     for row, same in zip(rows, agree, strict=True) if ensemble is not None else []:
         row["to_ensemble"], row["agreement"] = row["miou"] - rows[ensemble]["miou"], same / pixels

@@ -95,7 +95,7 @@ def label_files(args, model, meta, device, dtype):
         for ending, output in outputs.items():
             data.save_image(out / f"{stem}{ending}", output)
     if milliseconds:
-        print(f"{len(milliseconds)} images labelled in {out}, {np.median(milliseconds):.0f} ms an image "
+        print(f"{len(milliseconds)} image(s) labelled in {out}, {np.median(milliseconds):.0f} ms an image "
               f"from file to labels ({device.type})")
     if skipped:
         raise data.Fault(f"{skipped} of {len(inputs)} files were skipped, named above", status=1)
@@ -257,10 +257,10 @@ def main(argv=()):
     parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python infer.py drive/*.png --out labels --raw")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     group = add_model_flags(parser)
-    group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="(outputs/best_student.pth)")
+    group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="the network (outputs/best_student.pth)")
     group.add_argument("--size", type=data.side, help="shorter side that the network sees, pixels (that of training)")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="DIR", default="outputs/predictions", help="(outputs/predictions)")
+    output.add_argument("--out", metavar="DIR", default="outputs/predictions", help="where labels go (outputs/predictions)")
     output.add_argument("--raw", action="store_true", help="also NAME_ids.png: 16-bit raw ids, as the challenge wants them")
     output.add_argument("--no-overlay", action="store_true", help="masks only")
     images = data.add_data_flags(parser)
@@ -269,12 +269,16 @@ def main(argv=()):
     away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     away.add_argument("--shape", metavar="HxW|dynamic",
                       help="sides of the exported input (what a 960x540 image is in training; 512x896 at 512)")
-    away.add_argument("--calibrate", metavar="DIR", help="images for 8 bits")
+    away.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
     args = parser.parse_args(argv)
     if not args.inputs and not args.export:
         raise data.Fault("nothing to do: name images, or --export TARGET")
+    if args.inputs and args.export:
+        raise data.Fault(f"--export {args.export}: labels no images ({args.inputs[0]}); do one after the other")
     device = pick_device("cpu" if args.export else args.device)
     model, meta = load_model(args.checkpoint, args.arch, data.load_classes(args.classes) if args.classes or args.arch else None)
+    if args.classes and data.class_names(meta["classes"]) != data.class_names(data.load_classes(args.classes)):
+        raise data.Fault(f"--classes {args.classes}: not the class table that {args.checkpoint} was trained on; leave it out")
     if args.export:
         return export(args, model, meta)
     dtype = amp_dtype(args.amp, device)

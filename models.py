@@ -9,6 +9,7 @@ SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2 (`
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
 import itertools
+import logging
 import pickle
 import re
 import warnings
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -28,7 +30,7 @@ SEGFORMERS = {                                   # blocks by stage, widths by st
     "segformer-b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256), "segformer-b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
     "segformer-b2": ((3, 4, 6, 3), (64, 128, 320, 512), 768), "segformer-b3": ((3, 4, 18, 3), (64, 128, 320, 512), 768),
     "segformer-b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768), "segformer-b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768)}
-ARCHS = ["deeplab", *SEGFORMERS]
+ARCHS = ["deeplab", "segformer", *SEGFORMERS]    # what --arch takes; segformer is segformer-b3
 
 
 # ---------------------------------------------------------------------------------------------- architectures
@@ -137,6 +139,9 @@ def load_folder(path, arch, config):
     transformers.logging.set_verbosity_error()                # it warns of the new head, which is meant
     transformers.logging.disable_progress_bar()
     local = Path(path).is_dir()
+    if not local:                                             # one small file first: every one is tried for half a minute
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        hf_hub_download(path, "config.json")
     try:
         model, info = SegFormer.from_pretrained(path, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:
@@ -234,6 +239,8 @@ def read_file(path, flag=""):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Fault(f"{where}: no such file; train it first or name another") from None
+    except IsADirectoryError:
+        raise Fault(f"{where}: is a folder; name a .pth file") from None
     except pickle.UnpicklingError:
         raise Fault(f"{where}: holds something other than plain weights, or is no checkpoint; it was not run. Save a state dict") from None
     except Exception as error:  # noqa: BLE001 -- a torn file fails anywhere in torch.load

@@ -190,6 +190,14 @@ def test_exif_rotated_image_loads_upright(tmp_path):
     assert loaded.shape == (64, 32, 3) and loaded[0].mean() < 20 and loaded[-1].mean() > 235
 
 
+def test_data_prints_what_the_splits_hold_and_draws_augmented_pairs(scenes, tmp_path, capsys):
+    data.main(["--data", str(scenes), "--out", str(tmp_path), "--size", "64"])
+    said = capsys.readouterr().out
+    assert all(said.count(entry["name"]) == 2 for entry in data.DESERT) and "192x108 (12)" in said and "192x108 (4)" in said
+    with Image.open(tmp_path / "augmented.png") as sheet:
+        assert sheet.size == (6 * 64, 4 * 64) and len(set(sheet.getdata())) > 1000
+
+
 def test_scan_is_reused_until_a_file_changes(copy_of, tmp_path, monkeypatch):
     kept, calls = tmp_path / "scan.json", []
     once = data.scan_pair
@@ -560,7 +568,7 @@ def test_own_checkpoint_as_init(trained, capsys):
 
 def test_failed_download_is_said_in_one_line(monkeypatch, tmp_path, fails, scenes):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
-    monkeypatch.setattr(models.SegFormer, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+    monkeypatch.setattr(models, "hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
     for arch in ("deeplab", "segformer"):
         monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
         fails(train_teacher.main, ["--arch", arch, "--data", str(scenes), "--out", str(tmp_path)], "--init imagenet", "--init PATH", "--init random")
@@ -1592,6 +1600,10 @@ BAD_FLAGS = {
                                              "--data", "SCENES", "--split", "zz"], ["zz"]),
     "name too long": (infer.main, [300 * "a" + ".png", "--checkpoint", "DEEPLAB"], ["aaa"]),
     "int8 without images": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
+    "images and an export": (infer.main, ["a.png", "--export", "a.onnx", "--checkpoint", "DEEPLAB"], ["--export a.onnx", "a.png"]),
+    "another class table": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB", "--classes", "OWN"], ["--classes", "not the class table"]),
+    "checkpoint is a folder": (infer.main, ["FOLDER", "--checkpoint", "FOLDER"], ["is a folder"]),
+    "nothing under --out": (evaluate.main, ["--out", "nowhere"], ["--out nowhere", "best_student.pth"]),
     "folder without images": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without images"]),
 }
 
@@ -1600,7 +1612,8 @@ BAD_FLAGS = {
 def test_bad_flag_is_one_line(case, scenes, trained, tmp_path, monkeypatch, fails):
     main, argv, words = BAD_FLAGS[case]
     (tmp_path / "empty").mkdir()
-    words_for = {"DEEPLAB": trained[1][0], "STUDENT": str(trained[0] / "best_student.pth"), "FOLDER": str(tmp_path / "empty"), "SCENES": str(scenes)}
+    (tmp_path / "own.json").write_text(json.dumps(CLASSES[:3]))
+    words_for = {"OWN": "own.json", "DEEPLAB": trained[1][0], "STUDENT": str(trained[0] / "best_student.pth"), "FOLDER": str(tmp_path / "empty"), "SCENES": str(scenes)}
     argv = [words_for.get(word, word) for word in argv]
     monkeypatch.chdir(tmp_path)
     extra = [] if main is infer.main else ["--data", str(scenes)] if "--data" not in argv else []

@@ -120,6 +120,7 @@ class Signals:
 
     def take(self, which, frame):
         self.number = which
+        os.write(2, b"\nstopping after this step; once more ends it at once, without saving\n")
         for each in self.previous:
             signal.signal(each, signal.SIG_DFL)
 
@@ -416,7 +417,8 @@ def find_state(path, best, settings, overwrite):
     other = sorted(key for key in {*old, *settings} if as_json(old.get(key)) != as_json(settings.get(key)))
     if other:
         flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
-        names = ", ".join(f"{flag} (was {str(old.get(key))[:40]}, now {str(settings.get(key))[:40]})"
+        names = ", ".join(f"{flag} (other pairs or labels)" if key == "data" else
+                          f"{flag} (was {str(as_json(old.get(key)))[:40]}, now {str(as_json(settings.get(key)))[:40]})"
                           for flag, key in zip(flags, other, strict=True))
         raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
