@@ -168,6 +168,7 @@ def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, adapters=N
     if world.size > 1:
         gpu = world.device.type == "cuda"
         warnings.filterwarnings("ignore", "Grad strides do not match")               # of 1x1 convolutions, for which both orders are one
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")                     # renamed in torch 2.15, which older ones do not know
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
         forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
         for parameter in adapters.parameters() if adapters is not None else ():
