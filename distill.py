@@ -7,6 +7,9 @@
 
     L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A,   a from --alpha's start to its end
 
+Measured on 203 real pairs at --size 128, 40 epochs from random weights, about 10 minutes on one CPU core: mIoU .346 for
+the student alone, .389 with --init teacher, .320 with the KL of the original (README, "Ablation").
+
 In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
 
 Letters: B batch, C classes, S crop side, K teachers, h w = a map's sides at stride 4.

@@ -7,6 +7,8 @@ Prints one table (parameters, GMACs, mIoU, speed measured side by side), IoU, pr
 A class that no mask holds is n/a: it counts as 0 in the mIoU over all classes and is left out of the one over
 the classes present; both are printed.
 
+Measured: four networks and an ensemble on 33 pairs of 960x540, at --size 128 and with speed, 0.7 minutes on two CPU cores.
+
 Letters: C classes, H W sides of a stored mask. Matrix rows are truth, columns predictions.
 """
 import copy

@@ -6,6 +6,8 @@ hard_loss and soft_loss take what they are divided by (`weight_sum`, `valid`), s
 processes give the mean over the whole step, not a mean of means; left out, the batch's own is used. The others are means
 over the images of a batch.
 
+Measured on 203 real pairs from random weights: hard loss alone mIoU .346, with KL .307, with CWD .344 (README, "Ablation").
+
 Letters: B batch, C classes, H W crop sides, h w = H/4 W/4, T temperature. Index 255 means "ignore".
 """
 import torch
