@@ -6,7 +6,7 @@
     python infer.py --export student.onnx --shape 512x896     # uint8 NCHW images in, uint8 labels out
     python infer.py --export student.int8.onnx --calibrate DIR --data DIR
 
-From a 960x540 file to labels at 512x896: 359 ms on two CPU cores, 2.9 times as fast as transformers' pipeline with
+From a 960x540 file to labels at 512x896: 387 ms on two CPU cores, 2.7 times as fast as transformers' pipeline with
 the same weights and the same labels (README, "Speed").
 
 A mask is a palette PNG: viewers show the class colours, np.asarray gives the class indices. Labels are those of
