@@ -276,8 +276,9 @@ def main(argv=()):
     if args.inputs and args.export:
         raise data.Fault(f"--export {args.export}: labels no images ({args.inputs[0]}); do one after the other")
     device = pick_device("cpu" if args.export else args.device)
-    model, meta = load_model(args.checkpoint, args.arch, data.load_classes(args.classes) if args.classes or args.arch else None)
-    if args.classes and data.class_names(meta["classes"]) != data.class_names(data.load_classes(args.classes)):
+    classes = data.load_classes(args.classes)
+    model, meta = load_model(args.checkpoint, args.arch, classes)
+    if args.classes and data.class_names(meta["classes"]) != data.class_names(classes):
         raise data.Fault(f"--classes {args.classes}: not the class table that {args.checkpoint} was trained on; leave it out")
     if args.export:
         return export(args, model, meta)

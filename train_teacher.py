@@ -412,14 +412,14 @@ def find_state(path, best, settings, overwrite):
         return None
     try:
         state = read_file(path)
-        old = state["training"]["settings"]
+        old, new = as_json(state["training"]["settings"]), as_json(settings)
     except (data.Fault, KeyError, TypeError):
         raise data.Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
-    other = sorted(key for key in {*old, *settings} if as_json(old.get(key)) != as_json(settings.get(key)))
+    other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if other:
         flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
         names = ", ".join(f"{flag} (other pairs or labels)" if key == "data" else
-                          f"{flag} (was {str(as_json(old.get(key)))[:40]}, now {str(as_json(settings.get(key)))[:40]})"
+                          f"{flag} (was {str(old.get(key))[:40]}, now {str(new.get(key))[:40]})"
                           for flag, key in zip(flags, other, strict=True))
         raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
     return state
