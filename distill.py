@@ -89,14 +89,10 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def load_teachers(args, classes):
+def load_teachers(args):
     """(digests, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
-    paths = args.teachers or [Path(args.out) / name for name in TEACHERS]
-    loaded = [load_model(path) for path in paths]
-    for path, (_, meta) in zip(paths, loaded, strict=True):
-        if data.class_names(meta["classes"]) != data.class_names(classes):
-            raise data.Fault(f"--teachers {path}: was trained on another class table than the student's; give its table with "
-                             "--classes, or name other teachers")
+    paths, classes = args.teachers or [Path(args.out) / name for name in TEACHERS], data.load_classes(args.classes)
+    loaded = [load_model(path, classes=classes) for path in paths]
     return [file_digest(path) for path in paths], loaded
 
 
@@ -278,10 +274,10 @@ def main(argv=()):
     if args.bench:
         return bench(args)
     with processes(args.device) as world:
+        digests, loaded = load_teachers(args) if needs_teachers(args) or args.init == "teacher" else ([], [])
         train, val, class_weight = open_data(args, world)
         torch.manual_seed(args.seed)
         student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
-        digests, loaded = load_teachers(args, train.classes) if needs_teachers(args) or args.init == "teacher" else ([], [])
         if args.init == "teacher":
             start_from_teacher(student, [model for model, _ in loaded])
         teach, adapters = make_teach(args, world, train, student, digests, loaded) if needs_teachers(args) else (None, None)

@@ -140,7 +140,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
     for tick in round_ticks(0, last_epoch):
         if tick <= last_epoch and tick == int(tick):
             draw.text((spot(tick, 0)[0], bottom + 6), f"{tick:.0f}", INK, data.font(13), anchor="ma")
-    draw.text((right + 12, bottom + 6), "epoch", INK, data.font(13))
+    draw.text((right + 30, bottom + 6), "epoch", INK, data.font(13))
     for n, (name, line) in enumerate(series.items()):
         spots = [spot(x, y) for x, y in line if y is not None]
         if len(spots) > 1:
@@ -167,7 +167,7 @@ def draw_curves(history, classes, parts):
     by_class = {name: line([(record.get("val_iou") or {}).get(name) for record in history]) for name in data.class_names(classes)}
     panels = [("loss and its parts", {key: of(key) for key in ("loss", *parts)}, LINE_COLORS),
               ("validation mIoU and pixel accuracy", {"mIoU": of("val_miou"), "pixel accuracy": of("val_pixel_accuracy")}, LINE_COLORS),
-              ("validation IoU by class", by_class, [tuple(c["color"]) for c in classes]),
+              ("validation IoU by class", by_class, [tuple(v * 3 // 4 for v in c["color"]) for c in classes]),
               ("alpha and learning rate",
                {"alpha": of("alpha"), f"lr / {fastest:.1e}": line([r["lr"] / fastest for r in history])}, LINE_COLORS)]
     for n, panel in enumerate(panels):
@@ -325,13 +325,11 @@ def open_inputs(args):
     paths = args.checkpoints or [path for path in usual if path.exists()]
     if not paths:
         raise data.Fault(f"no checkpoints: none named, and --out {args.out} holds none of {', '.join(path.name for path in usual)}")
-    classes = data.load_classes(args.classes)
-    loaded = [load_model(path, args.arch, classes) for path in paths]
-    table, whose = (classes, f"--classes {args.classes}") if args.classes else (loaded[0][1]["classes"], paths[0])
-    for path, (_, meta) in zip(paths, loaded, strict=True):
-        if data.class_names(meta["classes"]) != data.class_names(table):
-            raise data.Fault(f"{path}: was trained on another class table than that of {whose}; evaluate it apart")
-    return paths, loaded, data.Pairs(data.find_data(args.data), args.split, table, args.masks, Path(args.out) / f"scan_{args.split}.json")
+    classes, loaded = data.load_classes(args.classes) if args.classes else None, []
+    for path in paths:
+        loaded.append(load_model(path, args.arch, classes))
+        classes = loaded[0][1]["classes"]                     # that of the first holds for all
+    return paths, loaded, data.Pairs(data.find_data(args.data), args.split, classes, args.masks, Path(args.out) / f"scan_{args.split}.json")
 
 
 @data.command

@@ -104,8 +104,8 @@ def label_files(args, model, meta, device, dtype):
 # ---------------------------------------------------------------------------------------------- Hugging Face
 def export_folder(model, meta, folder, height, width):
     """config.json with label names, weights in safetensors, preprocessor_config.json for a fixed height x width."""
-    if folder.is_file():
-        raise data.Fault(f"--export {folder}: is a file; name a folder, or a .onnx file")
+    if folder.is_file() or (folder.suffix and not folder.is_dir()):
+        raise data.Fault(f"--export {folder}: is a file or named like one; name a folder, FILE.onnx or FILE.int8.onnx")
     if meta["arch"] == "deeplab":
         raise data.Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
@@ -116,6 +116,8 @@ def export_folder(model, meta, folder, height, width):
     try:
         stock.save_pretrained(folder)
         processor.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):          # written for the owner's eyes only
+            weights.chmod((folder / "config.json").stat().st_mode)
     except OSError as error:
         raise data.Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
     print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in pipeline('image-segmentation'), "
@@ -276,10 +278,7 @@ def main(argv=()):
     if args.inputs and args.export:
         raise data.Fault(f"--export {args.export}: labels no images ({args.inputs[0]}); do one after the other")
     device = pick_device("cpu" if args.export else args.device)
-    classes = data.load_classes(args.classes)
-    model, meta = load_model(args.checkpoint, args.arch, classes)
-    if args.classes and data.class_names(meta["classes"]) != data.class_names(classes):
-        raise data.Fault(f"--classes {args.classes}: not the class table that {args.checkpoint} was trained on; leave it out")
+    model, meta = load_model(args.checkpoint, args.arch, data.load_classes(args.classes) if args.classes else None)
     if args.export:
         return export(args, model, meta)
     dtype = amp_dtype(args.amp, device)

@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from data import MEAN, STD, Fault, brief, check_classes, class_names, normalize, write_atomic
+from data import DESERT, MEAN, STD, Fault, brief, check_classes, class_names, normalize, write_atomic
 
 SEGFORMERS = {                                   # blocks by stage, widths by stage, D
     "segformer-b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256), "segformer-b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
@@ -258,8 +258,9 @@ def read_checkpoint(path, flag=""):
 
 
 def load_model(path, arch=None, classes=None):
-    """(network, meta) rebuilt from a checkpoint alone; a bare state dict needs `arch` and a class table.
+    """(network, meta) rebuilt from a checkpoint alone; a bare state dict needs `arch`, and `classes` if not the desert's.
 
+    `classes`: the table wanted, whose names must be the checkpoint's. A Fault for anything else or damaged.
     meta: arch, classes, mean, std, size, epoch, val_miou, val_iou {class: IoU or None}, args."""
     state, meta = read_checkpoint(path)
     found = guess_arch(state)
@@ -268,9 +269,13 @@ def load_model(path, arch=None, classes=None):
         raise Fault(f"{path}: a bare state dict does not say its architecture; give --arch{f' {found}' if found else ''}")
     if found != wanted:
         raise Fault(f"{path}: holds {found or 'no network of this project'}, not {wanted}")
-    table = check_classes(meta["classes"], str(path)) if "classes" in meta else classes
-    if table is None or len(table) != count_classes(state):
-        raise Fault(f"{path}: has {count_classes(state)} classes, the class table {len(table or [])}; give the right --classes FILE")
+    own = check_classes(meta["classes"], str(path)) if "classes" in meta else None
+    table = classes or own or DESERT
+    if len(table) != count_classes(state):
+        raise Fault(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; give the right --classes FILE")
+    for n, (a, b) in enumerate(zip(class_names(own or table), class_names(table), strict=True)):
+        if a != b:
+            raise Fault(f"{path}: was trained on another class table, its class {n} is {a!r}, not {b!r}; give its own --classes FILE")
     if [meta.get("mean", list(MEAN)), meta.get("std", list(STD))] != [list(MEAN), list(STD)]:
         raise Fault(f"{path}: was trained with another normalisation ({meta['mean']}, {meta['std']}); train it again")
     if type(meta.get("size", 512)) is not int or meta.get("size", 512) < 32:

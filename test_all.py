@@ -1320,7 +1320,26 @@ def test_another_class_table_from_end_to_end(tmp_path, trained, fails, capsys):
     assert list(rows[0]["iou"]) == [f"class {n}" for n in range(11)]
     infer.main([str(tmp_path / "val" / "Color_Images"), "--checkpoint", str(tmp_path / "o" / "segformer-b0.pth"), "--out", str(tmp_path / "p")])
     assert (tmp_path / "p" / "größe 0_mask.png").exists()
-    fails(distill.main, [*flags, *B0, "--out", str(tmp_path / "o"), "--teachers", *trained[1]], "--teachers", "another class table")
+    fails(distill.main, [*flags, *B0, "--out", str(tmp_path / "o"), "--teachers", *trained[1]], trained[1][0],
+          "10 classes, the class table 11")
+
+
+def test_a_network_of_another_class_table_is_refused_by_all(tmp_path, scenes, trained, fails):
+    """As many classes, but one by another name; other ids and colours of the same names are the user's to choose."""
+    flags, checkpoint = ["--data", str(scenes), "--classes", str(tmp_path / "c.json"), "--out", str(tmp_path / "o")], trained[1][1]
+    (tmp_path / "c.json").write_text(json.dumps([{**c, "name": c["name"].replace("Logs", "Boats")} for c in data.DESERT]))
+    for main, argv in ((distill.main, [*B0, "--teachers", checkpoint]), (evaluate.main, [checkpoint]),
+                       (infer.main, [str(scenes / "val" / "Color_Images"), "--checkpoint", checkpoint])):
+        fails(main, [*argv, *flags], checkpoint, "class 6 is 'Logs', not 'Boats'", "--classes")
+    (tmp_path / "c.json").write_text(json.dumps([{**c, "color": [9, 9, c["id"] % 256]} for c in data.DESERT]))
+    infer.main([str(next((scenes / "val" / "Color_Images").iterdir())), "--checkpoint", checkpoint, *flags])
+    with Image.open(next((tmp_path / "o").glob("*_mask.png"))) as mask:
+        assert mask.getpalette()[:6] == [9, 9, 100, 9, 9, 200]
+
+
+def test_missing_teachers_are_reported_before_all_pairs_are_read(tmp_path, scenes, fails):
+    fails(distill.main, ["--data", str(scenes), *TINY, "--out", str(tmp_path)], "deep_lab.pth", "no such file")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- inference and export
@@ -1368,7 +1387,8 @@ def test_an_input_is_never_overwritten(trained, tmp_path, fails):
 def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fails):
     checkpoint = trained[0] / "best_student.pth"
     infer.main(["--export", str(tmp_path / "hf"), "--checkpoint", str(checkpoint), "--shape", "512x896"])
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}
+    files = {p.name: p.stat().st_mode for p in (tmp_path / "hf").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files) and len(set(files.values())) == 1
     model = transformers.AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert list(model.config.id2label.values()) == [c["name"] for c in data.DESERT]
@@ -1593,6 +1613,7 @@ BAD_FLAGS = {
     "no such split": (evaluate.main, ["DEEPLAB", "--split", "nowhere"], ["nowhere"]),
     "no such image": (infer.main, ["nowhere.png", "--checkpoint", "DEEPLAB"], ["nowhere.png"]),
     "no image at all": (infer.main, [], ["nothing to do"]),
+    "export of an unknown kind": (infer.main, ["--export", "student.pth", "--checkpoint", "STUDENT"], ["--export student.pth", ".onnx"]),
     "shape": (infer.main, ["--export", "a.onnx", "--shape", "100x100", "--checkpoint", "DEEPLAB"], ["--shape 100x100"]),
     "int8 with no such images": (infer.main, ["--export", "a.int8.onnx", "--shape", "64x96", "--checkpoint", "STUDENT", "--calibrate", "nowhere",
                                                 "--data", "SCENES"], ["nowhere"]),
@@ -1601,7 +1622,7 @@ BAD_FLAGS = {
     "name too long": (infer.main, [300 * "a" + ".png", "--checkpoint", "DEEPLAB"], ["aaa"]),
     "int8 without images": (infer.main, ["--export", "a.int8.onnx", "--checkpoint", "DEEPLAB"], ["--calibrate"]),
     "images and an export": (infer.main, ["a.png", "--export", "a.onnx", "--checkpoint", "DEEPLAB"], ["--export a.onnx", "a.png"]),
-    "another class table": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB", "--classes", "OWN"], ["--classes", "not the class table"]),
+    "another class table": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB", "--classes", "OWN"], ["10 classes, the class table 3", "--classes"]),
     "checkpoint is a folder": (infer.main, ["FOLDER", "--checkpoint", "FOLDER"], ["is a folder"]),
     "nothing under --out": (evaluate.main, ["--out", "nowhere"], ["--out nowhere", "best_student.pth"]),
     "folder without images": (infer.main, ["FOLDER", "--checkpoint", "DEEPLAB"], ["without images"]),
