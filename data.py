@@ -311,8 +311,8 @@ def save_image(path, image):
 def mask_form(values, names, classes, flag=None):
     """Decides once for a split whether its masks hold raw ids or class indices: "ids" or "indices".
 
-    `values`: a set of values for each mask; `names`: their paths, for the message; `flag`: --masks, which settles
-    only what is ambiguous. Refused: 8-bit copies of 16-bit masks, mixtures, and splits without one known label."""
+    `values`: a set of values for each mask; `names`: their paths, for the message; `flag`: --masks, believed unless
+    the split as a whole cannot be that. Refused: 8-bit copies of 16-bit masks, mixtures, and splits without one known label."""
     ids, indices = {entry["id"] for entry in classes}, {*range(len(classes)), IGNORE}
     union = set().union(*values)
     copies = {"the high byte": {i >> 8 for i in ids}, "clipped at 255": {min(i, 255) for i in ids}, "modulo 256": {i & 255 for i in ids}}
@@ -338,7 +338,7 @@ def mask_form(values, names, classes, flag=None):
             raise Fault(f"{names[0]}: the labels {sorted(union)} are both ids and indices of the class table; "
                         "say --masks ids or --masks indices")
     if not union & (ids if form == "ids" else indices - {IGNORE}):
-        strange = max(union)
+        strange = max(union - {IGNORE} or union)
         where = next(name for mine, name in zip(values, names, strict=True) if strange in mine)
         raise Fault(f"{where}: label {strange} is in no class table entry, neither as id nor as index (0 to {len(classes) - 1}); "
                     "name the right table with --classes FILE")
@@ -356,12 +356,12 @@ def label_table(classes, form):
 class Pairs:
     """One split: checked pairs, how to read them, and how many pixels of each class each of them holds.
 
-    Raises a Fault for anything that does not fit (see scan_pair and mask_form). `scan_file`: see scan."""
+    Raises a Fault for anything that does not fit (see scan_pair and mask_form). `out`: where scan_SPLIT.json is kept, see scan."""
 
-    def __init__(self, root, split, classes, masks=None, scan_file=None):
+    def __init__(self, root, split, classes, masks=None, out=None):
         self.classes, self.split = classes, split
         self.pairs = find_pairs(root, split)
-        found = scan(self.pairs, scan_file)
+        found = scan(self.pairs, out and Path(out) / f"scan_{(Path(root) / split).absolute().name}.json")
         self.sizes = [size for size, _ in found]
         names = [str(mask) for _, mask in self.pairs]
         self.form = mask_form([set(values) for _, values in found], names, classes, masks)
@@ -480,7 +480,7 @@ def normalize(image):
 
 # ---------------------------------------------------------------------------------------------- loaders
 class Batch(NamedTuple):
-    """A training batch; the last three fields are what losses are divided by, set by the loop (see losses.py)."""
+    """A training batch; the last three fields scale the losses of a micro-batch and are set by the loop (see losses.py)."""
     image: torch.Tensor                      # (B, 3, S, S) uint8, after `to_device` normalised float32
     mask: torch.Tensor                       # (B, S, S) uint8 class indices, 255 = ignore; int64 on the device
     matrix: torch.Tensor                     # (B, 2, 3) float32: crop -> image coordinates
@@ -592,7 +592,7 @@ def class_weights(counts, mode="median"):
     """(C,) weights for the hard loss from raw pixel counts (N, C).
 
     "median": median frequency / frequency over the classes that occur (frequency: share of all pixels), clipped to
-    [0.1, 10] (Eigen and Fergus 2015, section 6.3.2). "sqrt": square roots of these. "none": ones. A class without
+    [0.1, 10] (after Eigen and Fergus 2015, section 6.3.2, whose shares are of the images that hold the class). "sqrt": square roots of these. "none": ones. A class without
     a pixel weighs 1."""
     totals = counts.sum(0).double()
     seen = totals > 0
@@ -644,6 +644,9 @@ def overlay(image, labels, classes, legend=True):
     line = max(9, min(image.height // 30, image.width // 24))
     draw = ImageDraw.Draw(mixed, "RGBA")
     rows = [(palette(classes)[c], f"{classes[c]['name']}  {percent(counts[c] / counts.sum())}") for c in present]
+    fitting = int(image.height / (1.3 * line)) - 2
+    if len(rows) > fitting:
+        rows[fitting:] = [((0, 0, 0), f"{len(rows) - fitting} more")]
     width = max([draw.textlength(text, font(line)) for _, text in rows], default=0) + 3 * line
     draw.rectangle((0, 0, width, (len(rows) + 0.5) * 1.3 * line), fill=(0, 0, 0, 150))
     for n, (color, text) in enumerate(rows):
@@ -736,7 +739,7 @@ def main(argv=()):
     if not splits:
         raise Fault(f"--data {root}: holds neither train/ nor val/; name the folder that does")
     for split in splits:
-        pairs = Pairs(root, split, classes, args.masks, Path(args.out) / f"scan_{split}.json")
+        pairs = Pairs(root, split, classes, args.masks, args.out)
         print(pairs.describe())
         print(f"  sizes: {', '.join(f'{w}x{h} ({pairs.sizes.count((w, h))})' for w, h in sorted(set(pairs.sizes)))}")
         share = pairs.counts.sum(0) / pairs.counts.sum()

@@ -57,7 +57,7 @@ def make_parser():
     group = evaluate.add_model_flags(parser, "segformer-b1")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH", help="the student's first weights; teacher: "
                        "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
-    group.add_argument("--teachers", nargs="+", metavar="CKPT", help="(deep_lab.pth and best_model.pth in --out)")
+    group.add_argument("--teachers", nargs="+", metavar="CKPT", help="their checkpoints (deep_lab.pth and best_model.pth in --out)")
     kd = parser.add_argument_group("distillation")
     positive, weight = data.number(float, 0, 1000, open_low=True), data.number(float, 0, 1e6)
     kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
@@ -73,7 +73,7 @@ def make_parser():
                     help="teachers see each whole image once; their maps are warped like the crops")
     train_teacher.add_train_flags(parser)
     whole = parser.add_argument_group("instead of a run")
-    whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature, compare them")
+    whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature with settings of its own")
     whole.add_argument("--bench", action="store_true", help="time every piece of a step at --size, --batch-size, --amp, --compile")
     return parser
 
@@ -92,7 +92,7 @@ def file_digest(path):
 def load_teachers(args):
     """(digests, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
     paths, classes = args.teachers or [Path(args.out) / name for name in TEACHERS], data.load_classes(args.classes)
-    loaded = [load_model(path, classes=classes) for path in paths]
+    loaded = [load_model(path, classes=classes, flag="--teachers") for path in paths]
     return [file_digest(path) for path in paths], loaded
 
 
@@ -273,6 +273,7 @@ def main(argv=()):
         return demo(args)
     if args.bench:
         return bench(args)
+    data.find_data(args.data)                                 # a beginner lacks this first, and the message knows --demo
     with processes(args.device) as world:
         digests, loaded = load_teachers(args) if needs_teachers(args) or args.init == "teacher" else ([], [])
         train, val, class_weight = open_data(args, world)

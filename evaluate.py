@@ -15,6 +15,7 @@ import copy
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -147,10 +148,11 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
             draw.line(spots, colors[n % len(colors)], 2)
         for x, y in spots if len(spots) < 60 else []:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), colors[n % len(colors)])
-        y = top + 18 * n
-        draw.rectangle((right + 12, y + 2, right + 24, y + 12), colors[n % len(colors)])
+        row = min(18, (bottom - top) / len(series))           # many classes stand closer
+        y = top + row * n
+        draw.rectangle((right + 12, y + 2, right + 24, y + 0.7 * row), colors[n % len(colors)])
         last = next((f" {v:.3f}" for _, v in reversed(line) if v is not None), " n/a")
-        draw.text((right + 30, y), name[:16] + last, INK, data.font(13))
+        draw.text((right + 30, y), name[:16] + last, INK, data.font(min(13, row)))
 
 
 def draw_curves(history, classes, parts):
@@ -329,7 +331,7 @@ def open_inputs(args):
     for path in paths:
         loaded.append(load_model(path, args.arch, classes))
         classes = loaded[0][1]["classes"]                     # that of the first holds for all
-    return paths, loaded, data.Pairs(data.find_data(args.data), args.split, classes, args.masks, Path(args.out) / f"scan_{args.split}.json")
+    return paths, loaded, data.Pairs(data.find_data(args.data), args.split, classes, args.masks, args.out)
 
 
 @data.command
@@ -341,8 +343,8 @@ def main(argv=()):
     print(pairs.describe())
     rows, networks = build_rows(args, paths, loaded, device, dtype)
     score_rows(args, rows, networks, pairs, dtype)
+    print(f"speed: batch 1, {describe_device(device, dtype)}, median of interleaved runs\n", flush=True)
     sizes = measure_speed(rows, networks, pairs, device, dtype)
-    print(f"speed: batch 1, {describe_device(device, dtype)}, median of interleaved runs\n")
     print_table(rows, pairs.classes, sizes)
     print(f"images: {args.out}/confusion_NAME.png" + f", {args.out}/worst_NAME/" * bool(args.save_worst))
     if args.json:
@@ -355,7 +357,7 @@ def build_rows(args, paths, loaded, device, dtype):
     """A row of the table, and (frozen network, size, mirrored too), for each checkpoint and the ensemble; the same with --tta."""
     rows, networks, stems = [], [], [Path(path).stem for path in paths]
     for path, stem, (model, meta) in zip(paths, stems, loaded, strict=True):
-        rows.append({"name": stem if stems.count(stem) == 1 else str(path), "params": sum(p.numel() for p in model.parameters()),
+        rows.append({"name": stem if stems.count(stem) == 1 else str(Path(path).with_suffix("")), "params": sum(p.numel() for p in model.parameters()),
                      "size": Path(path).stat().st_size, "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"]))})
         networks.append((freeze(model.to(device), meta["arch"], dtype), args.size or meta["size"], False))
     if args.ensemble:
@@ -386,7 +388,7 @@ def score_rows(args, rows, networks, pairs, dtype):
             agree[k] += int((mine == labels[ensemble]).sum()) if ensemble is not None else 0
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
-        name = "".join(c if c.isalnum() else "_" for c in row["name"])
+        name = re.sub(r"[^\w-]+", "_", row["name"])           # for files: "a + flip" -> "a_flip"
         chart = draw_confusion(matrices[k].cpu(), classes, f"{row['name']}, {pairs.split}")
         data.save_image(Path(args.out) / f"confusion_{name}.png", chart)
         folder = Path(args.out) / f"worst_{name}"

@@ -82,7 +82,8 @@ def label_files(args, model, meta, device, dtype):
         try:
             image = data.read_image(path)
         except data.Fault as fault:
-            bar.write(f"error: {fault}; skipped", file=sys.stderr)
+            bar.clear()                                       # tqdm's own write would draw the bar again
+            print(f"error: {fault}; skipped", file=sys.stderr)
             skipped += 1
             continue
         labels = predict(model, data.whole_image(image, args.size or meta["size"]), image.size[::-1], dtype)[0].cpu().numpy()
@@ -168,7 +169,7 @@ def export_onnx(model, path, shape, dynamic=False):
         ramp = torch.linspace(0, 255, w).expand(1, 3, h, w).roll(1, 1)
         image = (ramp + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
         same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
-        print(f"{path}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
+        print(f"{Path(path).name}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
         if same < 0.999:
             raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, "
                              "try another torch or onnxruntime", status=1)
@@ -224,7 +225,7 @@ def parse_shape(value):
 
 
 def export(args, model, meta):
-    width, height = data.whole_size(960, 540, args.size or meta["size"])
+    width, height = data.whole_size(*meta["image_size"], args.size or meta["size"])
     target, shape = Path(args.export), parse_shape(args.shape or f"{height}x{width}")
     height, width = shape or (height, width)
     if target.suffix != ".onnx":
@@ -250,6 +251,7 @@ def export(args, model, meta):
             session = session_of(path)
             rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
     compare(pairs, rows, height, width)
+    print(f"{target}: takes uint8 images of (1, 3, {height}, {width})")
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -270,9 +272,13 @@ def main(argv=()):
     away = parser.add_argument_group("export")
     away.add_argument("--export", metavar="TARGET", help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     away.add_argument("--shape", metavar="HxW|dynamic",
-                      help="sides of the exported input (what a 960x540 image is in training; 512x896 at 512)")
+                      help="sides of the exported input (of a whole image in training; 512x896 for 960x540 at 512)")
     away.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
     args = parser.parse_args(argv)
+    if args.calibrate and not (args.export or "").endswith(".int8.onnx"):
+        raise data.Fault(f"--calibrate {args.calibrate}: is for 8 bits; name --export FILE.int8.onnx")
+    if args.shape and not args.export:
+        raise data.Fault(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to label images")
     if not args.inputs and not args.export:
         raise data.Fault("nothing to do: name images, or --export TARGET")
     if args.inputs and args.export:

@@ -257,12 +257,12 @@ def read_checkpoint(path, flag=""):
     return {key.removeprefix("module."): value for key, value in state.items()}, meta
 
 
-def load_model(path, arch=None, classes=None):
+def load_model(path, arch=None, classes=None, flag=""):
     """(network, meta) rebuilt from a checkpoint alone; a bare state dict needs `arch`, and `classes` if not the desert's.
 
-    `classes`: the table wanted, whose names must be the checkpoint's. A Fault for anything else or damaged.
-    meta: arch, classes, mean, std, size, epoch, val_miou, val_iou {class: IoU or None}, args."""
-    state, meta = read_checkpoint(path)
+    `classes`: the table wanted, whose names must be the checkpoint's; `flag`: what named the file, for the Fault of one that does
+    not fit. meta: arch, classes, mean, std, size, image_size (w, h), epoch, val_miou, val_iou {class: IoU or None}, args."""
+    state, meta = read_checkpoint(path, flag)
     found = guess_arch(state)
     wanted = arch or meta.get("arch")
     if wanted is None:
@@ -282,7 +282,7 @@ def load_model(path, arch=None, classes=None):
         raise Fault(f"{path}: has size {meta['size']!r}, no side in pixels; the file is damaged, train it again")
     model = build(wanted, table)
     fill(model, translate(state, model), str(path), wanted)
-    return model.eval(), {"size": 512, **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
+    return model.eval(), {"size": 512, "image_size": [960, 540], **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
 
 
 def save_model(path, model, arch, classes, **meta):
@@ -310,8 +310,8 @@ def autocast(device, dtype):
 
 
 def memory_format(arch):
-    """The fixed rule, chosen with `distill.py --bench`: convolutional networks gain from channels_last on CPU and
-    GPU, SegFormer, which turns maps into tokens and back, does not."""
+    """The fixed rule, chosen with `distill.py --bench`: convolutional networks gain from channels_last,
+    SegFormer, which turns maps into tokens and back, does not."""
     return torch.channels_last if arch == "deeplab" else torch.contiguous_format
 
 

@@ -53,7 +53,7 @@ def add_train_flags(parser):
     images.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=data.number(int, 1), default=50, help="passes over the training pairs (50)")
-    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="stop the schedule after N steps, if that is sooner")
+    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="steps in all, if that is sooner; the rate falls to 0 over them")
     train.add_argument("--batch-size", type=data.number(int, 1), default=8, help="images a process and forward (8)")
     train.add_argument("--accumulate", type=data.number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
     train.add_argument("--lr", type=data.number(float, 0, 1, open_low=True), default=6e-5,
@@ -264,7 +264,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, adapters
     path = out / "checkpoints" / f"{name}.pth"
     settings = {key: value for key, value in vars(args).items()
                 if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    settings |= {"device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **(identity or {}),
+    settings |= {"masks": train.form, "device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **(identity or {}),
                  "transformers": transformers.__version__.split(".")[0]}             # its major version orders the parameters
     state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
@@ -300,7 +300,7 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, adapters
 
     def checkpoint_meta():
         last = history[-1] if history else {}
-        return {"size": args.size, "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
+        return {"size": args.size, "image_size": list(train.sizes[0]), "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
                 "val_iou": last.get("val_iou") or {}, "args": as_json(vars(args))}
 
     def validate():
@@ -418,7 +418,8 @@ def find_state(path, best, settings, overwrite):
     other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if other:
         flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
-        names = ", ".join(f"{flag} (other pairs or labels)" if key == "data" else
+        unsaid = {"data": "other pairs or labels", "teachers": "other weights"}
+        names = ", ".join(f"{flag} ({unsaid[key]})" if key in unsaid else
                           f"{flag} (was {str(old.get(key))[:40]}, now {str(new.get(key))[:40]})"
                           for flag, key in zip(flags, other, strict=True))
         raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
@@ -523,7 +524,7 @@ def open_data(args, world):
     if world.rank > 0 and world.agree(0)[0]:
         raise SystemExit(2)                                   # the first process says why
     try:
-        splits = [data.Pairs(root, split, classes, args.masks, out / f"scan_{split}.json") for split in ("train", "val")]
+        splits = [data.Pairs(root, split, classes, args.masks, out) for split in ("train", "val")]
     except data.Fault:
         if world.rank == 0:
             world.agree(1)
