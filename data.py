@@ -3,7 +3,7 @@
     python data.py --data DIR      what each split holds, and an image of augmented pairs with their labels
 
 Run it before training for hours: most bad scores on the desert set are masks read wrongly. Reading and augmenting
-one 960x540 pair at --size 512 costs 3 to 8 ms more than decoding its two files (`python distill.py --bench`).
+one 960x540 pair costs 3.5 ms more than decoding its two files at --size 256, 8.6 at 512 (`python distill.py --bench`).
 
 Letters: B batch, C classes, H W sides of a stored image, S side of a training crop. Index 255 means "ignore".
 """

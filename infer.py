@@ -6,8 +6,8 @@
     python infer.py --export student.onnx --shape 512x896     # uint8 NCHW images in, uint8 labels out
     python infer.py --export student.int8.onnx --calibrate DIR --data DIR
 
-From a 960x540 file to labels at 512x896: 387 ms on two CPU cores, 2.7 times as fast as transformers' pipeline with
-the same weights and the same labels (README, "Speed").
+From a 960x540 file to labels at 512x896: 385 ms on two CPU cores in bf16, 2.6 times as fast as transformers' pipeline
+in fp32 with the same weights; labels equal on 99.98 % of the pixels (README, "Speed").
 
 A mask is a palette PNG: viewers show the class colours, np.asarray gives the class indices. Labels are those of
 validation: the same reader, the same preprocessing, the same predict().

@@ -4,9 +4,9 @@
     python train_teacher.py --arch segformer                  # -> outputs/best_model.pth
     torchrun --nproc-per-node=2 train_teacher.py --arch segformer
 
-The same command again goes on at the very next step after a crash, Ctrl-C or the end of a kernel's time: everything
-random is drawn from (seed, step), so that a checkpoint holds weights, optimizer, scaler, step and sums, and the
-resumed run ends with the bits of the uninterrupted one (CPU, same thread count).
+The same command again goes on where the run last saved: after Ctrl-C at the very next step, after a crash or the end of
+a kernel's time some minutes back. Everything random is drawn from (seed, step), so a checkpoint holds weights, optimizer,
+scaler, step and sums, and the resumed run ends with the bits of the uninterrupted one (CPU, same thread count).
 
 Measured on 203 real pairs at --size 128, from random weights, 60 epochs on one CPU core: DeepLabV3+ mIoU .380 in
 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (README, "Ablation").
