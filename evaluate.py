@@ -150,7 +150,7 @@ def draw_panel(draw, box, title, series, colors, last_epoch):
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), colors[n % len(colors)])
         row = min(18, (bottom - top) / len(series))           # many classes stand closer
         y = top + row * n
-        draw.rectangle((right + 12, y + 2, right + 24, y + 0.7 * row), colors[n % len(colors)])
+        draw.rectangle((right + 12, y + 0.1 * row, right + 24, y + 0.7 * row), colors[n % len(colors)])
         last = next((f" {v:.3f}" for _, v in reversed(line) if v is not None), " n/a")
         draw.text((right + 30, y), name[:16] + last, INK, data.font(min(13, row)))
 

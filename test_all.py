@@ -1328,6 +1328,13 @@ def test_a_legend_of_many_classes_stays_inside_the_image():
     assert (with_legend[-1] == without[-1]).all() and (with_legend[:200, 4] != without[:200, 4]).any(1).all()
 
 
+def test_curves_and_confusion_of_255_classes_are_drawn():
+    table = [{"name": f"class {n}", "id": n, "color": [n, 0, 0]} for n in range(255)]
+    record = {"epoch": 1, "lr": 1e-4, "loss": 1.0, "val_iou": {c["name"]: c["id"] / 255 for c in table}}
+    for image in (evaluate.draw_curves([record], table, []), evaluate.draw_confusion(torch.eye(255), table, "a")):
+        assert len(image.getcolors(1 << 24)) > 10
+
+
 def test_another_class_table_from_end_to_end(tmp_path, trained, fails, capsys):
     flags = street(tmp_path)
     student, _ = train_teacher.main([*flags, *B0, "--out", str(tmp_path / "o"), "--steps", "2", "--batch-size", "2"])
