@@ -592,8 +592,8 @@ def class_weights(counts, mode="median"):
     """(C,) weights for the hard loss from raw pixel counts (N, C).
 
     "median": median frequency / frequency over the classes that occur (frequency: share of all pixels), clipped to
-    [0.1, 10] (after Eigen and Fergus 2015, section 6.3.2, whose shares are of the images that hold the class). "sqrt": square roots of these. "none": ones. A class without
-    a pixel weighs 1."""
+    [0.1, 10] (after Eigen and Fergus 2015, section 6.3.2, whose shares are of the images that hold the class). "sqrt":
+    square roots of these. "none": ones. A class without a pixel weighs 1."""
     totals = counts.sum(0).double()
     seen = totals > 0
     weights = torch.ones(len(totals), dtype=torch.float64)

@@ -357,8 +357,9 @@ def build_rows(args, paths, loaded, device, dtype):
     """A row of the table, and (frozen network, size, mirrored too), for each checkpoint and the ensemble; the same with --tta."""
     rows, networks, stems = [], [], [Path(path).stem for path in paths]
     for path, stem, (model, meta) in zip(paths, stems, loaded, strict=True):
-        rows.append({"name": stem if stems.count(stem) == 1 else str(Path(path).with_suffix("")), "params": sum(p.numel() for p in model.parameters()),
-                     "size": Path(path).stat().st_size, "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"]))})
+        rows.append({"name": stem if stems.count(stem) == 1 else str(Path(path).with_suffix("")),
+                     "params": sum(p.numel() for p in model.parameters()), "size": Path(path).stat().st_size,
+                     "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"]))})
         networks.append((freeze(model.to(device), meta["arch"], dtype), args.size or meta["size"], False))
     if args.ensemble:
         members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]

@@ -260,8 +260,8 @@ def read_checkpoint(path, flag=""):
 def load_model(path, arch=None, classes=None, flag=""):
     """(network, meta) rebuilt from a checkpoint alone; a bare state dict needs `arch`, and `classes` if not the desert's.
 
-    `classes`: the table wanted, whose names must be the checkpoint's; `flag`: what named the file, for the Fault of one that does
-    not fit. meta: arch, classes, mean, std, size, image_size (w, h), epoch, val_miou, val_iou {class: IoU or None}, args."""
+    `classes`: the table wanted, whose names must be the checkpoint's; `flag`: what named the file, for messages.
+    meta: arch, classes, mean, std, size, image_size (w, h), epoch, val_miou, val_iou {class: IoU or None}, args."""
     state, meta = read_checkpoint(path, flag)
     found = guess_arch(state)
     wanted = arch or meta.get("arch")
@@ -269,11 +269,11 @@ def load_model(path, arch=None, classes=None, flag=""):
         raise Fault(f"{path}: a bare state dict does not say its architecture; give --arch{f' {found}' if found else ''}")
     if found != wanted:
         raise Fault(f"{path}: holds {found or 'no network of this project'}, not {wanted}")
-    own = check_classes(meta["classes"], str(path)) if "classes" in meta else None
-    table = classes or own or DESERT
-    if len(table) != count_classes(state):
-        raise Fault(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; give the right --classes FILE")
-    for n, (a, b) in enumerate(zip(class_names(own or table), class_names(table), strict=True)):
+    own = check_classes(meta["classes"], str(path)) if "classes" in meta else classes or DESERT
+    for table in (own, classes or own):
+        if len(table) != count_classes(state):
+            raise Fault(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; give the right --classes FILE")
+    for n, (a, b) in enumerate(zip(class_names(own), class_names(table), strict=True)):
         if a != b:
             raise Fault(f"{path}: was trained on another class table, its class {n} is {a!r}, not {b!r}; give its own --classes FILE")
     if [meta.get("mean", list(MEAN)), meta.get("std", list(STD))] != [list(MEAN), list(STD)]:
@@ -282,7 +282,8 @@ def load_model(path, arch=None, classes=None, flag=""):
         raise Fault(f"{path}: has size {meta['size']!r}, no side in pixels; the file is damaged, train it again")
     model = build(wanted, table)
     fill(model, translate(state, model), str(path), wanted)
-    return model.eval(), {"size": 512, "image_size": [960, 540], **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
+    meta = {"size": 512, "image_size": [960, 540], **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
+    return model.eval(), meta
 
 
 def save_model(path, model, arch, classes, **meta):

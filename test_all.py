@@ -1722,6 +1722,8 @@ def test_bad_checkpoints_are_one_line(trained, tmp_path, scenes, fails):
                        ("arch.pth", "holds segformer-b1, not deeplab"), ("classes.pth", "10 classes, the class table 5")):
         fails(infer.main, [image, "--checkpoint", str(tmp_path / name)], name, word)
         fails(evaluate.main, [str(tmp_path / name), "--data", str(scenes)], name, word)
+    (tmp_path / "c.json").write_text(json.dumps(data.DESERT))
+    fails(evaluate.main, [str(tmp_path / "classes.pth"), "--data", str(scenes), "--classes", str(tmp_path / "c.json")], "10 classes, the class table 5")
 
 
 def test_image_above_pillows_limit_is_one_line(copy_of, tmp_path, monkeypatch, fails):

@@ -53,7 +53,7 @@ def add_train_flags(parser):
     images.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=data.number(int, 1), default=50, help="passes over the training pairs (50)")
-    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="steps in all, if that is sooner; the rate falls to 0 over them")
+    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="steps in all, if fewer; the rate falls to 0 over them")
     train.add_argument("--batch-size", type=data.number(int, 1), default=8, help="images a process and forward (8)")
     train.add_argument("--accumulate", type=data.number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
     train.add_argument("--lr", type=data.number(float, 0, 1, open_low=True), default=6e-5,
@@ -264,7 +264,8 @@ def fit(model, arch, name, loss, train, val, args, world, class_weight, adapters
     path = out / "checkpoints" / f"{name}.pth"
     settings = {key: value for key, value in vars(args).items()
                 if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    settings |= {"masks": train.form, "device": device.type, "amp": str(dtype), "processes": world.size, "data": (train.digest, val.digest), **(identity or {}),
+    settings |= {"masks": train.form, "device": device.type, "amp": str(dtype), "processes": world.size,
+                 "data": (train.digest, val.digest), **(identity or {}),
                  "transformers": transformers.__version__.split(".")[0]}             # its major version orders the parameters
     state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
     step, history, best, sums = 0, [], -1.0, {}
