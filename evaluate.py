@@ -315,7 +315,7 @@ def make_parser():
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="also write the table there")
+    output.add_argument("--json", metavar="FILE", help="also write the table there (sizes in bytes)")
     output.add_argument("--save-worst", type=data.number(int, 0), default=0, metavar="N", help="images of the N lowest scores (0)")
     output.add_argument("--out", metavar="DIR", default="outputs", help="where images go (outputs)")
     return parser
