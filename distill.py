@@ -14,7 +14,6 @@ In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
 
 Letters: B batch, C classes, S crop side, K teachers, h w = a map's sides at stride 4.
 """
-import copy
 import hashlib
 import json
 import shutil
@@ -35,7 +34,7 @@ import evaluate
 import train_teacher
 from losses import attention_loss, cwd_loss, feature_loss, hard_loss, ramp, soft_loss
 from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, load_model, logits, old_key, predict
-from train_teacher import fit, open_data, processes
+from train_teacher import fit, open_data, open_run, processes
 
 TEACHERS = [f"{name}.pth" for name in evaluate.TEACHER_NAMES.values()]
 
@@ -122,7 +121,7 @@ def make_adapters(student, teachers):
     """For each teacher and stage a 1x1 convolution from the student's width to the teacher's, or nothing if they agree."""
     x = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
-        mine, *theirs = [copy.deepcopy(model).cpu().float().eval()(x, features=True)[1] for model in (student, *teachers)]
+        mine, *theirs = [model.eval()(x, features=True)[1] for model in (student, *teachers)]
     return nn.ModuleList(nn.ModuleList(nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1)
                                        for s, t in zip(mine, stages, strict=True)) for stages in theirs)
 
@@ -174,7 +173,7 @@ class Cache:
     def open(self, world):
         """Maps the files; an old cache under another key is replaced. Returns which images are still to do."""
         key_file, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
-        if world.rank == 0:
+        with world.first():
             try:
                 stale = json.loads(key_file.read_text()) != self.key or \
                     (values.stat().st_size, done.stat().st_size) != (2 * self.starts[-1], len(self.pairs))
@@ -182,14 +181,14 @@ class Cache:
                 stale = True
             if stale:
                 self.create(key_file, values, done)
-        world.agree(0)                                        # the others wait for the first
         self.values = np.memmap(values, np.float16, "r+")
         self.done = np.memmap(done, np.uint8, "r+")
         return np.flatnonzero(self.done == 0).tolist()
 
     def create(self, key_file, values, done):
+        for path in (key_file, values):
+            path.unlink(missing_ok=True)
         need, free = 2 * int(self.starts[-1]), shutil.disk_usage(self.folder).free
-        key_file.unlink(missing_ok=True)
         if need > free:
             raise data.Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
                              "free some or use another --out")
@@ -209,9 +208,9 @@ class Cache:
         if mine:
             images = data.loader(data.WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
             for n, (n_pair, (image,), _) in enumerate(data.progress(images, "teachers", total=len(mine))):
-                if n == 0:
-                    start = time.perf_counter()               # the first image takes longer, and waits for the workers
                 if n == 1:
+                    start = time.perf_counter()               # the first image takes longer, and waits for the workers
+                if n == 2:
                     world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images to compute, {2 * self.starts[-1] / 1e6:.0f} MB in "
                               f"{self.folder}, about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
                 z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
@@ -245,7 +244,10 @@ def make_teach(args, world, train, student, digests, loaded):
     ensemble = Ensemble(frozen, weights, args.average).to(world.device)
     if not args.cache_teachers:
         answer = torch.compile(ensemble) if args.compile else ensemble
-        return lambda batch: answer(batch.image, features=True) if stages else (answer(batch.image), []), adapters
+
+        def teach(batch):
+            return answer(batch.image, features=True) if stages else (answer(batch.image), [])
+        return teach, adapters
     key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "data": train.digest,
            "size": args.size, "images": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
            "precision": str(dtype), "format": 1}
@@ -277,14 +279,14 @@ def main(argv=()):
     with processes(args.device) as world:
         digests, loaded = load_teachers(args) if needs_teachers(args) or args.init == "teacher" else ([], [])
         train, val, class_weight = open_data(args, world)
+        name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
+        run = open_run(name, args, world, train, val, digests)                       # before the cache: a refused run changes nothing
         torch.manual_seed(args.seed)
         student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
         if args.init == "teacher":
             start_from_teacher(student, [model for model, _ in loaded])
         teach, adapters = make_teach(args, world, train, student, digests, loaded) if needs_teachers(args) else (None, None)
-        name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
-        return fit(student, args.arch, name, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight,
-                   adapters, {"teachers": digests} if digests else None)
+        return fit(student, run, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight, adapters)
 
 
 # ---------------------------------------------------------------------------------------------- the demo
@@ -298,15 +300,14 @@ def demo(args):
     if not (out / "data").is_dir():
         data.write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
         (out / "drawing").rename(out / "data")                # whole or not at all
-    common = ["--data", str(out / "data"), "--out", str(out), "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3",
-              "--batch-size", "4", "--eval-every", "4", "--class-weights", "sqrt",
-              "--device", args.device, "--amp", args.amp, "--seed", str(args.seed)]
-    common += ["--overwrite"] * args.overwrite
+    where = ["--data", str(out / "data"), "--out", str(out), "--device", args.device, "--amp", args.amp]
+    common = [*where, "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3", "--batch-size", "4",
+              "--eval-every", "4", "--class-weights", "sqrt", "--seed", str(args.seed), *["--overwrite"] * args.overwrite]
     train_teacher.main(["--arch", "deeplab", *common])
     train_teacher.main(["--arch", "segformer", *common])
     student, history = main(["--T", str(args.T), "--alpha", "{}:{}".format(*args.alpha), *common])
     checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
-    evaluate.main([*checkpoints, "--data", str(out / "data"), "--out", str(out), "--workers", "0"])
+    evaluate.main([*checkpoints, *where, "--workers", "0"])
     path = min((out / "data" / "val" / "Color_Images").iterdir())
     image, (model, meta) = data.read_image(path), load_model(checkpoints[-1])
     labels = predict(model, data.whole_image(image, meta["size"]), image.size[::-1])[0].numpy()

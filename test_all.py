@@ -810,6 +810,65 @@ def test_other_teachers_are_refused(trained, scenes, fails):
     fails(distill.main, ["--teachers", teachers[1], teachers[0], "--data", str(scenes), "--out", str(out), *TINY, "--steps", "3"], "--teachers")
 
 
+def test_another_class_table_is_refused_and_the_same_one_elsewhere_is_not(scenes, tmp_path, fails, capsys):
+    def argv(name):
+        return ["--data", str(scenes), *B0, "--out", str(tmp_path / "o"), "--steps", "2", "--classes", str(tmp_path / name)]
+    (tmp_path / "a.json").write_text(json.dumps(data.DESERT))
+    train_teacher.main(argv("a.json"))
+    (tmp_path / "b.json").write_text(json.dumps(data.DESERT, indent=1))
+    train_teacher.main(argv("b.json"))
+    assert "finished already" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps([{**c, "name": c["name"].replace("Logs", "Boats")} for c in data.DESERT]))
+    fails(train_teacher.main, argv("a.json"), "--classes (another table)", "--overwrite")
+
+
+@pytest.mark.parametrize("extra, word", [(["--seed", "5"], "--seed (was 0, now 5)"), (["--batch-size", "99"], "--batch-size 99")])
+def test_refused_run_leaves_the_teacher_cache_alone(extra, word, trained, scenes, tmp_path, fails):
+    argv = ["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "2", "--cache-teachers"]
+    distill.main([*argv, "--teachers", *trained[1]])
+    kept = {end: (tmp_path / f"teacher_cache.{end}").read_bytes() for end in ("json", "f16", "done")}
+    fails(distill.main, [*argv, "--teachers", trained[1][0], *extra], word)
+    assert kept == {end: (tmp_path / f"teacher_cache.{end}").read_bytes() for end in kept}
+
+
+def test_images_per_second_are_of_training_alone(scenes, tmp_path, monkeypatch):
+    once = train_teacher.evaluate
+
+    def slow(*args):
+        time.sleep(3)
+        return once(*args)
+    monkeypatch.setattr(train_teacher, "evaluate", slow)
+    _, history = train_teacher.main(["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "1"])
+    assert history[0]["seconds"] < 3 and history[0]["images_per_s"] == pytest.approx(4 / history[0]["seconds"])
+
+
+def test_overwrite_keeps_the_old_state_until_the_new_one_is_written(scenes, tmp_path, monkeypatch):
+    """Another process may be behind with its look at the files; what it finds then is the new run's."""
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"]
+    train_teacher.main(argv)
+    state, seen = tmp_path / "checkpoints" / "segformer-b0.pth", []
+    once = train_teacher.make_job
+    monkeypatch.setattr(train_teacher, "make_job", lambda *a: seen.append(state.exists()) or once(*a))
+    train_teacher.main([*argv, "--overwrite"])
+    assert seen == [True]
+
+
+def test_signal_after_the_last_validation_ends_the_command_and_keeps_the_result(scenes, tmp_path, monkeypatch, capsys):
+    argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"]
+    once = train_teacher.report
+
+    def report(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        once(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_teacher, "report", report)
+        with pytest.raises(SystemExit) as stop:
+            train_teacher.main(argv)
+    assert stop.value.code == 130 and "stopped, after it had finished" in capsys.readouterr().err
+    train_teacher.main(argv)
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_overwrite_starts_afresh_and_a_foreign_checkpoint_is_kept(scenes, tmp_path, fails):
     argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--steps", "2"]
     train_teacher.main(argv)
@@ -1092,6 +1151,17 @@ def test_torchrun_trains_and_validates_like_one_process(scenes, tmp_path, traine
 
 
 @pytest.mark.slow
+def test_where_one_process_fails_the_others_end_in_silence(scenes, tmp_path, trained):
+    code = "import sys, distill\n" \
+           "distill.shutil.disk_usage = lambda folder: type('disk', (), {'free': 0})\ndistill.main(sys.argv[1:])"
+    (tmp_path / "child.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
+    argv = ["--data", str(scenes), *B0, "--batch-size", "2", "--steps", "2", "--out", str(tmp_path / "o"), "--teachers", *trained[1]]
+    done = torchrun(tmp_path / "child.py", [*argv, "--cache-teachers"], check=False)
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "0 MB are free" in done.stderr
+    assert "gloo" not in done.stderr and 'distill.py", line' not in done.stderr
+
+
+@pytest.mark.slow
 def test_processes_agree_on_the_step_at_which_a_signal_to_one_stops_them(scenes, tmp_path):
     """SIGTERM to one of two processes only, then the same command again."""
     code = "import os, signal, sys, train_teacher\nonce = train_teacher.train_step\n" \
@@ -1180,6 +1250,19 @@ def test_cache_goes_on_where_it_was_and_is_rebuilt_when_stale(squares, tmp_path,
     assert np.isfinite(first).all() and (first != 0).any()
 
 
+def test_room_for_a_cache_is_looked_for_after_the_old_one_is_gone(squares, tmp_path, monkeypatch, fails):
+    """A disk that holds one cache and no second one."""
+    torch.manual_seed(0)
+    model, values = models.build("segformer-b0", data.DESERT).eval(), tmp_path / "teacher_cache.f16"
+    size = make_cache(tmp_path, squares, model).values.nbytes
+    disk = type("disk", (), {"free": property(lambda self: size - (size if values.exists() else 0))})
+    monkeypatch.setattr(distill.shutil, "disk_usage", lambda folder: disk())
+    make_cache(tmp_path, squares, model, key="other weights")
+    disk.free = 0
+    with pytest.raises(data.Fault, match="0 MB are free"):
+        make_cache(tmp_path, squares, model, key="yet others")
+
+
 def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained, scenes, tmp_path, capsys):
     argv = ["--data", str(scenes), "--out", str(tmp_path), *B0, "--steps", "3", "--teachers", *trained[1], "--cache-teachers"]
     _, history = distill.main(argv)
@@ -1187,6 +1270,25 @@ def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained,
     assert "teacher cache: 12 of 12 images" in said and "MB" in said and "minutes" in said
     online = distill.main([*(a for a in argv if a != "--cache-teachers"), "--out", str(tmp_path / "online")])[1]
     assert history[0]["soft"] == pytest.approx(online[0]["soft"], rel=0.5) and history[0]["hard"] == pytest.approx(online[0]["hard"], rel=0.1)
+
+
+def test_demo_hands_its_device_and_precision_to_every_script(tmp_path, monkeypatch):
+    class Evaluated(Exception):
+        pass
+
+    calls, once = [], distill.main
+
+    def last(argv):
+        calls.append(argv)
+        raise Evaluated
+    monkeypatch.setattr(train_teacher, "main", calls.append)
+    monkeypatch.setattr(distill, "main", lambda argv: calls.append(argv) or ("student", []))
+    monkeypatch.setattr(evaluate, "main", last)
+    with pytest.raises(Evaluated):
+        once(["--demo", "--device", "cpu", "--amp", "bf16", "--out", str(tmp_path)])
+    assert len(calls) == 4
+    for argv in calls:
+        assert argv[argv.index("--device") + 1] == "cpu" and argv[argv.index("--amp") + 1] == "bf16"
 
 
 def test_bench_prints_every_piece_and_ratio(capsys, monkeypatch):

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=2 train_teacher.py --arch segformer
 
 The same command again goes on where the run last saved: after Ctrl-C at the very next step, after a crash or the end of
-a kernel's time some minutes back. Everything random is drawn from (seed, step), so a checkpoint holds weights, optimizer,
-scaler, step and sums, and the resumed run ends with the bits of the uninterrupted one (CPU, same thread count).
+a kernel's time some minutes back. Everything random is drawn from (seed, step), so a state holds weights, adapters,
+optimizer, scaler, step and sums, and the resumed run ends with the bits of the uninterrupted one (CPU, same threads).
 
 Measured on 203 real pairs at --size 128, from random weights, 60 epochs on one CPU core: DeepLabV3+ mIoU .380 in
 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (README, "Ablation").
@@ -88,11 +88,25 @@ class World(NamedTuple):
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return shared.tolist()
 
+    @contextlib.contextmanager
+    def first(self):
+        """The first process runs the block before the others do; where it fails, they end in silence."""
+        if self.rank > 0 and self.agree(0)[0]:
+            raise SystemExit(2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.rank == 0:
+                self.agree(failed)
+
 
 @contextlib.contextmanager
 def processes(device):
     """Joins the processes that torchrun started, nccl on GPUs and gloo elsewhere; yields this one's World."""
     device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    torch.backends.cudnn.benchmark = True                     # crops have one size
     if size == 1:
         yield World(0, 1, device)
         return
@@ -218,10 +232,9 @@ def update(job, buffers):
     job.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     finite = norm.isfinite()
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()              # read by the fused AdamW kernel
+    optimizer.found_inf = (~finite).float()                   # read by the fused AdamW kernel
     optimizer.step()
-    if job.scaler.is_enabled():
-        job.scaler.update()
+    job.scaler.update()
     for buffer, old in zip(job.model.buffers(), buffers, strict=True):
         buffer.copy_(old.where(~finite, buffer))
     optimizer.zero_grad(set_to_none=True)
@@ -239,174 +252,33 @@ def train_step(job, batches, step, total, sums):
     values = torch.stack([v.to(exact) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=exact, device=finite.device)
                           for v in parts.values()])
     values = torch.cat([values.where(finite, 0), torch.stack([finite, ~finite]).to(exact)])
-    names = (*parts, "steps", "skipped")
-    if "values" not in sums:
-        sums.update(names=list(names), values=torch.zeros_like(values))
-    sums["values"] += values
+    sums.update(names=[*parts, "steps", "skipped"], values=sums.get("values", 0) + values)
     return parts, finite
 
 
-# ---------------------------------------------------------------------------------------------- the loop
-def fit(model, arch, name, loss, train, val, args, world, class_weight, adapters=None, identity=None):
-    """Trains `model`; returns it with its last weights, in eval mode, and the epoch records. Goes on where the same run was left.
+# ---------------------------------------------------------------------------------------------- a run and its state
+class Run(NamedTuple):
+    """Where a run writes, what tells it from other runs, and how far it had come."""
+    name: str
+    best: Path                                   # the checkpoint with the highest validation mIoU
+    last: Path                                   # the last weights, with all that the run goes on from
+    settings: dict
+    state: dict | None                           # what `last` held when the command began
 
-    loss(forward, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress runs 0 -> 1.
-    adapters: a module that trains along and is no part of the checkpoint. identity: more that tells runs apart."""
-    device, out, started = world.device, Path(args.out), time.time()
-    dtype = amp_dtype(args.amp, device)
-    global_batch = args.batch_size * args.accumulate * world.size
-    per_epoch = len(train) // global_batch
-    check_batch(args, arch, len(train), global_batch)
-    total = min(args.epochs * per_epoch, args.steps or math.inf)
-    job = make_job(model, arch, loss, class_weight, world, dtype, args.lr, args.seed, adapters, args.compile)
-    model, optimizer, scaler = job.model, job.optimizer, job.scaler
 
-    path = out / "checkpoints" / f"{name}.pth"
+def open_run(name, args, world, train, val, teachers=()):
+    """Finds out whether the command begins a run or goes on with one; a Fault if `last` is of a run with other settings."""
+    best, last = Path(args.out) / f"{name}.pth", Path(args.out) / "checkpoints" / f"{name}.pth"
     settings = {key: value for key, value in vars(args).items()
                 if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    settings |= {"masks": train.form, "device": device.type, "amp": str(dtype), "processes": world.size,
-                 "data": (train.digest, val.digest), **(identity or {}),
+    settings |= {"masks": train.form, "classes": train.classes, "data": (train.digest, val.digest), "teachers": teachers,
+                 "device": world.device.type, "amp": str(amp_dtype(args.amp, world.device)), "processes": world.size,
                  "transformers": transformers.__version__.split(".")[0]}             # its major version orders the parameters
-    state = find_state(path, out / f"{name}.pth", settings, args.overwrite)
-    step, history, best, sums = 0, [], -1.0, {}
-    header = describe_run(name, args, model, train, val, device, dtype, world, total)
-    if state:
-        step, history, best, header = (state["training"][key] for key in ("step", "history", "best", "header"))
-        sums = restore(job, state, adapters)
-        if state["training"]["done"]:
-            if not (out / f"{name}.pth").exists():
-                raise data.Fault(f"{out / name}.pth: is gone, though its run has finished; {path} holds the last weights, "
-                                 "--overwrite trains again")
-            write_log(world, out / f"{name}.jsonl", header, history)
-            world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
-            return model.eval(), history
-        world.say(f"{name}: goes on after step {step} of {total}")
-    else:
-        world.say(f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
-                  f"{global_batch}, {header['run']['device']}")
-        write_log(world, out / f"{name}.jsonl", header, history)
-    if args.compile:
-        world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
-
-    def save_state(done=False):
-        """Sums are added up over the processes; only the first one writes."""
-        summed = over_processes(sums, world)
-        if world.rank == 0:
-            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed,
-                        "settings": settings, "done": done}
-            if not done:
-                training |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                             "adapters": adapters.state_dict() if adapters is not None else {}}
-            save_model(path, model, arch, train.classes, **checkpoint_meta(), training=training)
-
-    def checkpoint_meta():
-        last = history[-1] if history else {}
-        return {"size": args.size, "image_size": list(train.sizes[0]), "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
-                "val_iou": last.get("val_iou") or {}, "args": as_json(vars(args))}
-
-    def validate():
-        """The scores of the present weights, or None if a signal came in between."""
-        if world.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        alone = world.size == 1                               # several processes agree at the loop's head instead
-        numbers = itertools.takewhile(lambda n: not (alone and signals.number), range(world.rank, len(val), world.size))
-        matrix = evaluate(freeze(copy.deepcopy(model), arch, dtype), val, args.size, dtype, args.workers, numbers)
-        return None if alone and signals.number else summary(matrix, val.classes)
-
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.cuda.reset_peak_memory_stats(device)
-
-    if not state:
-        save_state()                                          # so that what is killed from here on can be resumed
-    odds = data.sampling_weights(train.counts) if args.rare_class_sampling else None
-    order = data.BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
-    batches = data.loader(data.Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
-    bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
-    nonfinite, saved = torch.zeros((), device=device), time.monotonic()
-    waited, epoch_start, timed_from = 0.0, time.perf_counter(), step
-    with Signals() as signals, bar, out_of_memory(args):
-        while True:
-            stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
-            recorded = step == (history[-1]["step"] if history else 0)
-            if not (stop or recorded) and (step % per_epoch == 0 or step == total):
-                epoch = math.ceil(step / per_epoch)
-                due = epoch % args.eval_every == 0 or step == total
-                figures = means(sums, world)
-                if step == total and figures["loss"] is None:
-                    raise data.Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or "
-                                     "the weights of the losses, or use --amp off or bf16; the last state is kept", status=1)
-                scores = validate() if due else None
-                if due and scores is None:
-                    continue                                  # a signal came in between
-                history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr),
-                                **timings((step - timed_from) * global_batch, device, epoch_start, waited),
-                                **{f"val_{key}": scores and scores[key] for key in ("miou", "miou_present", "pixel_accuracy", "iou")}})
-                if scores and scores["miou"] > best:
-                    best = scores["miou"]
-                    if world.rank == 0:
-                        save_model(out / f"{name}.pth", model, arch, train.classes, **checkpoint_meta())
-                report(world, out, name, header, history, train.classes, bar)
-                sums, waited, epoch_start, timed_from = {}, 0.0, time.perf_counter(), step
-            if stop:
-                save_state()
-                raise data.Fault(f"{name}: stopped after step {step} of {total}, state in {path}; the same command goes on", 128 + stop)
-            if step == total:
-                break
-            if save:
-                save_state()
-                saved = time.monotonic()
-
-            clock = time.perf_counter()
-            micro = [next(batches) for _ in range(args.accumulate)]
-            waited += time.perf_counter() - clock
-            parts, finite = train_step(job, micro, step, total, sums)
-            nonfinite = (nonfinite + 1).where(~finite, 0)
-            step += 1
-            bar.update()
-            if step % CHECK_EVERY == 0:
-                bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
-                if nonfinite >= CHECK_EVERY:
-                    raise nonfinite_fault(name, step, parts, micro, train, path)
-        save_state(done=True)
-    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; "
-              f"{out / name}.pth holds the best, {path} the last")
-    return model.eval(), history
+    return Run(name, best, last, settings, None if args.overwrite else find_state(last, best, settings))
 
 
-# ---------------------------------------------------------------------------------------------- what can go wrong
-def check_batch(args, arch, pairs, global_batch):
-    if arch == "deeplab" and args.batch_size < 2:
-        raise data.Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
-    if global_batch > pairs:
-        raise data.Fault(f"--batch-size {args.batch_size}: a step takes {global_batch} images "
-                         f"(x --accumulate x processes), the training split holds {pairs}; lower it")
-
-
-@contextlib.contextmanager
-def out_of_memory(args):
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise data.Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
-                         f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
-
-
-def nonfinite_fault(name, step, parts, micro, train, path):
-    values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
-    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
-    return data.Fault(f"{name}: {CHECK_EVERY} gradients in a row were not finite, stopped at step {step} ({values}; images {files}); "
-                      f"lower --lr or use --amp off or bf16, the last good state is kept{f' in {path}' if path.exists() else ''}", status=1)
-
-
-def find_state(path, best, settings, overwrite):
-    """The state of an earlier run of the same command, or None; a Fault if it belongs to another command."""
-    if overwrite:
-        path.unlink(missing_ok=True)
-        return None
+def find_state(path, best, settings):
+    """The state that an earlier run with the same settings left in `path`, or None; a Fault if its settings were others."""
     if not path.exists():
         if best.exists():
             raise data.Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
@@ -418,12 +290,12 @@ def find_state(path, best, settings, overwrite):
         raise data.Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
     other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if other:
-        flags = [key if key in ("processes", "data", "transformers") else "--" + key.replace("_", "-") for key in other]
-        unsaid = {"data": "other pairs or labels", "teachers": "other weights"}
-        names = ", ".join(f"{flag} ({unsaid[key]})" if key in unsaid else
-                          f"{flag} (was {str(old.get(key))[:40]}, now {str(new.get(key))[:40]})"
-                          for flag, key in zip(flags, other, strict=True))
+        unsaid = {"data": "other pairs or labels", "classes": "another table", "teachers": "other weights"}
+        names = ", ".join(("" if key in ("processes", "data", "transformers") else "--") + key.replace("_", "-") + " ("
+                          + (unsaid.get(key) or f"was {str(old.get(key))[:40]}, now {str(new.get(key))[:40]}") + ")" for key in other)
         raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
+    if state["training"]["done"] and not best.exists():
+        raise data.Fault(f"{best}: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
     return state
 
 
@@ -442,27 +314,170 @@ def restore(job, state, adapters):
     return {"names": training["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
 
 
-# ---------------------------------------------------------------------------------------------- records
 def as_json(value):
     """Tuples and paths as JSON has them, so that a stored value compares equal to a fresh one."""
     return json.loads(json.dumps(value, default=str))
 
 
-def describe_run(name, args, model, train, val, device, dtype, world, total):
+# ---------------------------------------------------------------------------------------------- the loop
+def fit(model, run, loss, train, val, args, world, class_weight, adapters=None):
+    """Trains `model`; returns it with its last weights, in eval mode, and the epoch records.
+
+    loss(forward, batch, progress): see Job; progress runs 0 -> 1. adapters: a module that trains along and is no part of
+    the checkpoint."""
+    name, device, started = run.name, world.device, time.time()
+    dtype = amp_dtype(args.amp, device)
+    global_batch = args.batch_size * args.accumulate * world.size
+    per_epoch = len(train) // global_batch
+    total = min(args.epochs * per_epoch, args.steps or math.inf)
+    job = make_job(model, args.arch, loss, class_weight, world, dtype, args.lr, args.seed, adapters, args.compile)
+    model = job.model
+
+    step, history, best, sums = 0, [], -1.0, {}
+    header = describe_run(name, args, model, train, val, world, dtype, total)
+    if run.state:
+        step, history, best, header = (run.state["training"][key] for key in ("step", "history", "best", "header"))
+        sums = restore(job, run.state, adapters)
+    write_log(run, world, header, history)
+    if run.state and run.state["training"]["done"]:
+        world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
+        return model.eval(), history
+    world.say(f"{name}: goes on after step {step} of {total}" if run.state else
+              f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
+              f"{global_batch}, {header['run']['device']}")
+    if args.compile:
+        world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
+
+    def save_state(done=False):
+        """Sums are added up over the processes; only the first one writes."""
+        summed = over_processes(sums, world)
+        if world.rank == 0:
+            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed,
+                        "settings": run.settings, "done": done}
+            if not done:
+                training |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict(),
+                             "adapters": adapters.state_dict() if adapters is not None else {}}
+            save_model(run.last, model, args.arch, train.classes, **checkpoint_meta(), training=training)
+
+    def checkpoint_meta():
+        last = history[-1] if history else {}
+        return {"size": args.size, "image_size": list(train.sizes[0]), "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
+                "val_iou": last.get("val_iou") or {}, "args": as_json(vars(args))}
+
+    def validate():
+        """The scores of the present weights, or None if a signal came in between."""
+        if world.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        alone = world.size == 1                               # several processes agree at the loop's head instead
+        numbers = itertools.takewhile(lambda n: not (alone and signals.number), range(world.rank, len(val), world.size))
+        matrix = evaluate(freeze(copy.deepcopy(model), args.arch, dtype), val, args.size, dtype, args.workers, numbers)
+        return None if alone and signals.number else summary(matrix, val.classes)
+
+    if not run.state:
+        save_state()                                          # so that what is killed from here on can be resumed
+    odds = data.sampling_weights(train.counts) if args.rare_class_sampling else None
+    order = data.BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
+    batches = data.loader(data.Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
+    bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    nonfinite, saved = torch.zeros((), device=device), time.monotonic()
+    waited, epoch_start, timed_from = 0.0, time.perf_counter(), step
+    with Signals() as signals, bar, out_of_memory(args):
+        while True:
+            stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
+            recorded = step == (history[-1]["step"] if history else 0)
+            if not (stop or recorded) and (step % per_epoch == 0 or step == total):
+                epoch = math.ceil(step / per_epoch)
+                due = epoch % args.eval_every == 0 or step == total
+                figures = means(sums, world)
+                if step == total and figures["loss"] is None:
+                    raise data.Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or "
+                                     "the weights of the losses, or use --amp off or bf16; the last state is kept", status=1)
+                speed = timings((step - timed_from) * global_batch, device, epoch_start, waited)
+                scores = validate() if due else None
+                if due and scores is None:
+                    continue                                  # a signal came in between
+                history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr), **speed,
+                                **{f"val_{key}": scores and scores[key] for key in ("miou", "miou_present", "pixel_accuracy", "iou")}})
+                if scores and scores["miou"] > best:
+                    best = scores["miou"]
+                    if world.rank == 0:
+                        save_model(run.best, model, args.arch, train.classes, **checkpoint_meta())
+                report(run, world, header, history, train.classes, bar)
+                sums, waited, epoch_start, timed_from = {}, 0.0, time.perf_counter(), step
+            if stop:
+                save_state()
+                raise data.Fault(f"{name}: stopped after step {step} of {total}, state in {run.last}; the same command goes on", 128 + stop)
+            if step == total:
+                break
+            if save:
+                save_state()
+                saved = time.monotonic()
+
+            clock = time.perf_counter()
+            micro = [next(batches) for _ in range(args.accumulate)]
+            waited += time.perf_counter() - clock
+            parts, finite = train_step(job, micro, step, total, sums)
+            nonfinite = (nonfinite + 1).where(~finite, 0)
+            step += 1
+            bar.update()
+            if step % CHECK_EVERY == 0:
+                bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
+                if nonfinite >= CHECK_EVERY:
+                    raise nonfinite_fault(run, step, parts, micro, train)
+        save_state(done=True)
+    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; "
+              f"{run.best} holds the best, {run.last} the last")
+    if signals.number:
+        raise data.Fault(f"{name}: stopped, after it had finished", 128 + signals.number)
+    return model.eval(), history
+
+
+# ---------------------------------------------------------------------------------------------- what can go wrong
+def check_batch(args, pairs, world):
+    if args.arch == "deeplab" and args.batch_size < 2:
+        raise data.Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
+    images = args.batch_size * args.accumulate * world.size
+    if images > pairs:
+        raise data.Fault(f"--batch-size {args.batch_size}: a step takes {images} images "
+                         f"(x --accumulate x processes), the training split holds {pairs}; lower it")
+
+
+@contextlib.contextmanager
+def out_of_memory(args):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise data.Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
+                         f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
+
+
+def nonfinite_fault(run, step, parts, micro, train):
+    values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
+    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
+    return data.Fault(f"{run.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at step {step} ({values}; "
+                      f"images {files}); lower --lr or use --amp off or bf16, the last good state is kept in {run.last}", status=1)
+
+
+# ---------------------------------------------------------------------------------------------- records
+def describe_run(name, args, model, train, val, world, dtype, total):
     return {"run": {"name": name, "args": as_json(vars(args)), "steps": total, "processes": world.size,
                     "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                                  "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
-                    "device": describe_device(device, dtype), "machine": platform.machine(),
+                    "device": describe_device(world.device, dtype), "machine": platform.machine(),
                     "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
                     "size": args.size, "image_size": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
 
 
 def over_processes(sums, world):
-    if not sums:
-        return {}
+    if world.size == 1 or not sums:
+        return sums
     values = sums["values"].clone()
-    if world.size > 1:
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return {"names": sums["names"], "values": values}
 
 
@@ -477,7 +492,8 @@ def means(sums, world):
 
 
 def timings(images, device, since, waited):
-    """Of this process since the epoch began or the run went on; the only figures that a resumed run may differ in."""
+    """Of training since the epoch began or the run went on; the only figures that a resumed run may differ in. Images are
+    counted over all processes, waiting for data and memory of this one."""
     seconds = time.perf_counter() - since
     return {"images_per_s": images / max(seconds, 1e-9), "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(device)}
 
@@ -494,23 +510,23 @@ def score_line(history, best):
     return f"last mIoU {history[-1]['val_miou']:.4f}, best {best:.4f}"
 
 
-def write_log(world, path, header, history):
+def write_log(run, world, header, history):
     """The whole log, each epoch once: what was torn or belongs to steps not kept is gone with the old file."""
     if world.rank == 0:
         lines = "".join(json.dumps(entry) + "\n" for entry in (header, *history))
-        data.write_atomic(path, lambda file: file.write(lines.encode()))
+        data.write_atomic(run.best.with_suffix(".jsonl"), lambda file: file.write(lines.encode()))
 
 
-def report(world, out, name, header, history, classes, bar):
-    write_log(world, out / f"{name}.jsonl", header, history)
+def report(run, world, header, history, classes, bar):
+    write_log(run, world, header, history)
     if world.rank == 0:
         last = history[-1]
         parts = [key for key in ("hard", "soft", "cwd", "feature", "attention")
                  if key in last and last[key] != last["loss"]]       # one line would hide the other
-        curves = "training_curves.png" if name == "best_student" else f"{name}_curves.png"
-        data.save_image(out / curves, draw_curves(history, classes, parts))
+        curves = "training_curves.png" if run.name == "best_student" else f"{run.name}_curves.png"
+        data.save_image(run.best.with_name(curves), draw_curves(history, classes, parts))
         figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
-        bar.write(f"{name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
+        bar.write(f"{run.name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -522,16 +538,9 @@ def open_data(args, world):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise data.Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
-    if world.rank > 0 and world.agree(0)[0]:
-        raise SystemExit(2)                                   # the first process says why
-    try:
+    with world.first():
         splits = [data.Pairs(root, split, classes, args.masks, out) for split in ("train", "val")]
-    except data.Fault:
-        if world.rank == 0:
-            world.agree(1)
-        raise
-    if world.rank == 0:
-        world.agree(0)
+        check_batch(args, len(splits[0]), world)
     for split in splits:
         world.say(split.describe())
     empty = [c["name"] for c, n in zip(classes, splits[0].counts.sum(0), strict=True) if not n]
@@ -551,6 +560,7 @@ def main(argv=()):
     args = parser.parse_args(argv)
     with processes(args.device) as world:
         train, val, class_weight = open_data(args, world)
+        run = open_run(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
         model = build(args.arch, train.classes, args.init)
 
@@ -558,7 +568,7 @@ def main(argv=()):
             hard = hard_loss(forward(batch.image), batch.mask, class_weight, batch.weight_sum)
             return hard, {"hard": hard}
 
-        return fit(model, args.arch, TEACHER_NAMES.get(args.arch, args.arch), loss, train, val, args, world, class_weight)
+        return fit(model, run, loss, train, val, args, world, class_weight)
 
 
 if __name__ == "__main__":
