@@ -184,10 +184,10 @@ def draw_confusion(matrix, classes, name):
     count, cell = len(classes), max(34, min(64, 1400 // len(classes)))
     size = cell // 3 + 2
     margin = int(max(data.font(15).getlength(c["name"][:24]) for c in classes)) + 24
-    side_length = margin + count * cell + 12
-    image = Image.new("RGB", (side_length, side_length + 24), PAPER)
+    side_length, title = margin + count * cell + 12, f"{name}: row is truth, column prediction, in % of the row"
+    image = Image.new("RGB", (max(side_length, int(data.font(14).getlength(title)) + 24), side_length + 24), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), f"{name}: row is truth, column prediction, in % of the row", INK, data.font(14))
+    draw.text((8, 6), title, INK, data.font(14))
     for n, entry in enumerate(classes):
         at = margin + n * cell
         draw.text((margin - 8, at + 24 + cell / 2), entry["name"][:24], INK, data.font(15), anchor="rm")
@@ -213,9 +213,9 @@ def worst_sheet(pairs, n, labels):
     wrong = torch.zeros(*target.shape, 3, dtype=torch.uint8)
     wrong[target == data.IGNORE] = 128
     wrong[(labels != target) & (target != data.IGNORE)] = torch.tensor([230, 30, 30], dtype=torch.uint8)
-    parts = [image, data.overlay(image, mask, pairs.classes), data.overlay(image, labels.numpy(), pairs.classes),
+    parts = [image, data.overlay(image, mask, pairs.classes), data.overlay(image, labels, pairs.classes),
              Image.blend(image, Image.fromarray(wrong.numpy()), 0.7)]
-    sheet = Image.new("RGB", (sum(p.width for p in parts), image.height))
+    sheet = Image.new("RGB", (len(parts) * image.width, image.height))
     for k, part in enumerate(parts):
         sheet.paste(part, (k * image.width, 0))
     return sheet
@@ -311,7 +311,7 @@ def make_parser():
     images.add_argument("--workers", type=data.number(int, 0, 256), default=min(2, data.cores()),
                         help="processes that read files (up to 2)")
     group = add_model_flags(parser)
-    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student*, student_*")
+    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student*, student*, at the first one's size")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")
@@ -357,7 +357,7 @@ def build_rows(args, paths, loaded, device, dtype):
     """A row of the table, and (frozen network, size, mirrored too), for each checkpoint and the ensemble; the same with --tta."""
     rows, networks, stems = [], [], [Path(path).stem for path in paths]
     for path, stem, (model, meta) in zip(paths, stems, loaded, strict=True):
-        rows.append({"name": stem if stems.count(stem) == 1 else str(Path(path).with_suffix("")),
+        rows.append({"name": stem if stems.count(stem) == 1 else str(path),
                      "params": sum(p.numel() for p in model.parameters()), "size": Path(path).stat().st_size,
                      "gmacs": count_gmacs(freeze(copy.deepcopy(model), meta["arch"]))})
         networks.append((freeze(model.to(device), meta["arch"], dtype), args.size or meta["size"], False))
@@ -371,28 +371,36 @@ def build_rows(args, paths, loaded, device, dtype):
     if args.tta:
         rows = [row for plain in rows for row in (plain, {**plain, "name": f"{plain['name']} + flip", "gmacs": 2 * plain["gmacs"]})]
         networks = [(model, size, flip) for model, size, _ in networks for flip in (False, True)]
+    files = [file_name(row) for row in rows]
+    if twice := next((name for name in files if files.count(name) > 1), None):
+        raise data.Fault(f"two networks would write {args.out}/confusion_{twice}.png; name each once, or rename a checkpoint")
     return rows, networks
+
+
+def file_name(row):
+    """The part of a row's file names that is its own: "a + flip" -> "a_flip"."""
+    return re.sub(r"[^\w-]+", "_", row["name"])
 
 
 def score_rows(args, rows, networks, pairs, dtype):
     """One pass over the split for all rows; fills in the scores and writes the images."""
     classes = pairs.classes
     matrices, worst, agree, pixels = [0] * len(rows), [[] for _ in rows], [0] * len(rows), 0
-    ensemble = next((k for k, row in enumerate(rows) if row["name"] == "ensemble"), None)
+    ensemble = len(rows) - (2 if args.tta else 1) if args.ensemble else None         # it comes last
     for n, target, labels in data.progress(label_split(networks, pairs, dtype, args.workers), "scoring", total=len(pairs)):
         pixels += target.numel()
         for k, mine in enumerate(labels):
             matrix = confusion(mine, target, len(classes))
             matrices[k] += matrix
-            entry = summary(matrix, classes)["miou_present"], n, mine.cpu()
-            worst[k] = sorted([*worst[k], entry], key=lambda e: e[:2])[:args.save_worst]
+            if args.save_worst and matrix.any():
+                entry = summary(matrix, classes)["miou_present"], n, mine.cpu()
+                worst[k] = sorted([*worst[k], entry], key=lambda e: e[:2])[:args.save_worst]
             agree[k] += int((mine == labels[ensemble]).sum()) if ensemble is not None else 0
     for k, row in enumerate(rows):
         row.update(summary(matrices[k], classes))
-        name = re.sub(r"[^\w-]+", "_", row["name"])           # for files: "a + flip" -> "a_flip"
         chart = draw_confusion(matrices[k].cpu(), classes, f"{row['name']}, {pairs.split}")
-        data.save_image(Path(args.out) / f"confusion_{name}.png", chart)
-        folder = Path(args.out) / f"worst_{name}"
+        data.save_image(Path(args.out) / f"confusion_{file_name(row)}.png", chart)
+        folder = Path(args.out) / f"worst_{file_name(row)}"
         for old in folder.glob("[01].[0-9][0-9][0-9]_*.png") if worst[k] else []:
             old.unlink()                                      # of an earlier evaluation
         for score, n, labels in worst[k]:

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 import data
 from evaluate import add_model_flags, confusion, pick_device, print_columns, summary, time_interleaved
-from models import amp_dtype, freeze, load_model, predict, translate, upsampled_labels
+from models import amp_dtype, freeze, load_model, predict, upsampled_labels
 
 
 # ---------------------------------------------------------------------------------------------- labelling files
@@ -51,7 +52,7 @@ def find_inputs(names):
             if not matches:
                 raise data.Fault(f"{name}: no such file, folder or pattern")
             found += matches
-    return list(dict.fromkeys(found))
+    return list({path.absolute(): path for path in found}.values())
 
 
 def output_names(inputs, out, endings):
@@ -73,7 +74,7 @@ def output_names(inputs, out, endings):
 def label_files(args, model, meta, device, dtype):
     """Writes mask and overlay of every input; a Fault of status 1 at the end if any was skipped."""
     inputs, out, classes = find_inputs(args.inputs), Path(args.out), meta["classes"]
-    stems = output_names(inputs, out, ["_mask.png", "_overlay.png", "_ids.png"])
+    stems = output_names(inputs, out, ["_mask.png", *["_overlay.png"] * (not args.no_overlay), *["_ids.png"] * args.raw])
     ids = np.array([c["id"] for c in classes], np.uint16)
     milliseconds, skipped = [], 0
     bar = data.progress(zip(inputs, stems, strict=True), "labelling", total=len(inputs))
@@ -110,17 +111,16 @@ def export_folder(model, meta, folder, height, width):
     if meta["arch"] == "deeplab":
         raise data.Fault(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a .onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
-    stock.load_state_dict(translate(model.state_dict(), stock))
+    stock.load_state_dict(model.state_dict())
     processor = transformers.SegformerImageProcessor(size={"height": height, "width": width}, do_reduce_labels=False,
                                                      image_mean=list(data.MEAN), image_std=list(data.STD))
     transformers.logging.disable_progress_bar()
     try:
         stock.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):          # written for the owner's eyes only
-            weights.chmod((folder / "config.json").stat().st_mode)
-    except OSError as error:
-        raise data.Fault(f"--export {folder}: cannot be written ({error.strerror}); choose another folder", status=1) from None
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)           # written for the owner's eyes only
+    except (OSError, SafetensorError) as error:
+        raise data.Fault(f"--export {folder}: cannot be written ({data.brief(error)}); choose another folder", status=1) from None
     print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in pipeline('image-segmentation'), "
           f"images as {height}x{width}")
 
@@ -145,15 +145,16 @@ def needs(*modules):
         raise data.Fault(f"--export: {error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
 
 
-def session_of(path):
+def session_of(content):
+    """An onnxruntime session of an ONNX file's bytes, with torch's number of threads."""
     onnxruntime, = needs("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def export_onnx(model, path, shape, dynamic=False):
-    """Writes `path`; `shape` is (H, W), `dynamic`: sides are chosen at run time. Checked against torch on noise and ramps."""
+    """Writes `path`, once it gives torch's labels on noisy ramps. `shape`: (H, W); `dynamic`: sides are chosen at run time."""
     needs("onnx", "onnxscript", "onnxruntime")
     height, width = shape
     labeller, image = Labeller(model).eval(), torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
@@ -163,16 +164,15 @@ def export_onnx(model, path, shape, dynamic=False):
         program = torch.onnx.export(labeller, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"], output_names=["labels"],
                                     optimize=True, verbose=False)
         program.save(buffer)
-    data.write_atomic(path, lambda file: file.write(buffer.getvalue()))
-    session = session_of(path)
+    session = session_of(buffer.getvalue())
     for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
-        ramp = torch.linspace(0, 255, w).expand(1, 3, h, w).roll(1, 1)
-        image = (ramp + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
+        image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
         same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
         print(f"{Path(path).name}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
         if same < 0.999:
-            raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels; do not use it, "
+            raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels and was not written; "
                              "try another torch or onnxruntime", status=1)
+    data.write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
 def quantize(path, target, images):
@@ -204,8 +204,7 @@ def compare(pairs, rows, height, width):
         stored, mask = pairs.read(n)
         image, target = data.resized_image(stored, width, height), torch.from_numpy(mask)
         for name, (labels, _) in rows.items():
-            small = labels(image)[0].float()[None, None]                             # labels at the input's size
-            full = F.interpolate(small, target.shape, mode="nearest-exact")[0, 0].to(torch.uint8)
+            full = F.interpolate(labels(image)[None], target.shape, mode="nearest-exact")[0, 0]
             matrices[name] += confusion(full, target, len(classes))
     times = time_interleaved([lambda labels=labels: labels(image) for labels, _ in rows.values()], torch.device("cpu"))
     print(f"{pairs.split} of {len(pairs)} pairs at {height}x{width}, {torch.get_num_threads()} threads, median of interleaved runs\n")
@@ -215,9 +214,7 @@ def compare(pairs, rows, height, width):
 
 
 def parse_shape(value):
-    """"512x896" -> (512, 896); "dynamic" -> None."""
-    if value == "dynamic":
-        return None
+    """"512x896" -> (512, 896)."""
     parts = value.split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and 32 <= int(part) <= 8192 and int(part) % 32 == 0 for part in parts):
         raise data.Fault(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic")
@@ -226,17 +223,19 @@ def parse_shape(value):
 
 def export(args, model, meta):
     width, height = data.whole_size(*meta["image_size"], args.size or meta["size"])
-    target, shape = Path(args.export), parse_shape(args.shape or f"{height}x{width}")
-    height, width = shape or (height, width)
+    target, dynamic = Path(args.export), args.shape == "dynamic"
+    if args.shape and not dynamic:
+        height, width = parse_shape(args.shape)
     if target.suffix != ".onnx":
-        return export_folder(model, meta, target, height, width)
+        export_folder(model, meta, target, height, width)
+        return
     frozen = freeze(model, meta["arch"])
     if not target.name.endswith(".int8.onnx"):
-        export_onnx(frozen, target, (height, width), shape is None)
+        export_onnx(frozen, target, (height, width), dynamic)
         return
     if not args.calibrate:
         raise data.Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of images like those to come")
-    if not shape:
+    if dynamic:
         raise data.Fault(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
     # everything is read before anything is written
     pairs = data.Pairs(data.find_data(args.data), args.split, meta["classes"], args.masks)
@@ -244,11 +243,12 @@ def export(args, model, meta):
     images = [data.resized_image(data.read_image(p), width, height).numpy() for p in files[::max(1, len(files) // 64)][:64]]
     rows = {"torch fp32": (Labeller(frozen).eval(), Path(args.checkpoint).stat().st_size)}
     with tempfile.TemporaryDirectory() as temporary:
-        plain = Path(temporary) / "fp32.onnx"
-        export_onnx(frozen, plain, shape)
-        quantize(plain, target, images)
-        for name, path in (("onnx fp32", plain), ("onnx int8", target)):
-            session = session_of(path)
+        plain, small = Path(temporary) / "fp32.onnx", Path(temporary) / "int8.onnx"
+        export_onnx(frozen, plain, (height, width))
+        quantize(plain, small, images)
+        data.write_atomic(target, lambda file: file.write(small.read_bytes()))
+        for name, path in (("onnx fp32", plain), ("onnx int8", small)):
+            session = session_of(path.read_bytes())
             rows[name] = (lambda image, s=session: torch.from_numpy(s.run(None, {"image": image.numpy()})[0]), path.stat().st_size)
     compare(pairs, rows, height, width)
     print(f"{target}: takes uint8 images of (1, 3, {height}, {width})")
@@ -286,9 +286,10 @@ def main(argv=()):
     device = pick_device("cpu" if args.export else args.device)
     model, meta = load_model(args.checkpoint, args.arch, data.load_classes(args.classes) if args.classes else None)
     if args.export:
-        return export(args, model, meta)
+        export(args, model, meta)
+        return
     dtype = amp_dtype(args.amp, device)
-    return label_files(args, freeze(model.to(device), meta["arch"], dtype), meta, device, dtype)
+    label_files(args, freeze(model.to(device), meta["arch"], dtype), meta, device, dtype)
 
 
 if __name__ == "__main__":

@@ -278,11 +278,14 @@ def load_model(path, arch=None, classes=None, flag=""):
             raise Fault(f"{path}: was trained on another class table, its class {n} is {a!r}, not {b!r}; give its own --classes FILE")
     if [meta.get("mean", list(MEAN)), meta.get("std", list(STD))] != [list(MEAN), list(STD)]:
         raise Fault(f"{path}: was trained with another normalisation ({meta['mean']}, {meta['std']}); train it again")
-    if type(meta.get("size", 512)) is not int or meta.get("size", 512) < 32:
-        raise Fault(f"{path}: has size {meta['size']!r}, no side in pixels; the file is damaged, train it again")
+    meta = {"size": 512, "image_size": [960, 540], **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
+    image = meta["image_size"]
+    fits = {"size": type(meta["size"]) is int and meta["size"] >= 32, "val_iou": isinstance(meta["val_iou"], dict),
+            "image_size": isinstance(image, list) and len(image) == 2 and all(type(v) is int and v > 0 for v in image)}
+    for key in (key for key, good in fits.items() if not good):
+        raise Fault(f"{path}: has {key} {meta[key]!r}; the file is damaged, train it again")
     model = build(wanted, table)
     fill(model, translate(state, model), str(path), wanted)
-    meta = {"size": 512, "image_size": [960, 540], **meta, "val_iou": meta.get("val_iou") or {}, "arch": wanted, "classes": table}
     return model.eval(), meta
 
 

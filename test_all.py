@@ -1390,6 +1390,43 @@ def test_ensemble_sees_one_size_whatever_its_members_were_trained_at(trained, sc
     assert mixed[2]["iou"] == alike[2]["iou"] and mixed[1]["iou"] != alike[1]["iou"] and mixed[0]["iou"] == alike[0]["iou"]
 
 
+def test_a_checkpoint_named_ensemble_is_not_taken_for_it(trained, scenes, tmp_path):
+    shutil.copy(trained[1][1], tmp_path / "ensemble.pth")
+    argv = ["--data", str(scenes), "--out", str(tmp_path), "--amp", "off", "--workers", "0", "--device", "cpu"]
+    rows = evaluate.main([str(tmp_path / "ensemble.pth"), *argv])
+    assert "agreement" not in rows[0]
+    shutil.move(tmp_path / "ensemble.pth", tmp_path / "Ensemble.pth")
+    rows = evaluate.main([trained[1][0], str(tmp_path / "Ensemble.pth"), *argv, "--ensemble"])
+    assert [row["name"] for row in rows] == ["deep_lab", "Ensemble", "ensemble"] and rows[2]["agreement"] == 1 > rows[1]["agreement"]
+
+
+def test_networks_whose_images_would_have_one_name_are_refused(trained, scenes, tmp_path, fails):
+    """And none is written; two of one name in two folders are told apart."""
+    for name in ("n.v1.pth", "n_v1.pth", "ensemble.pth"):
+        shutil.copy(trained[1][1], tmp_path / name)
+    argv = ["--data", str(scenes), "--out", str(tmp_path / "o"), "--amp", "off", "--workers", "0", "--device", "cpu"]
+    for names, extra in ((("n.v1.pth", "n_v1.pth"), []), (("n_v1.pth", "n_v1.pth"), []), (("ensemble.pth", "n_v1.pth"), ["--ensemble"])):
+        line = fails(evaluate.main, [*(str(tmp_path / name) for name in names), *argv, *extra], "confusion_", "rename")
+        assert not list((tmp_path / "o").glob("*.png")), line
+    shutil.copy(trained[1][0], tmp_path / "o" / "n_v1.pth")
+    rows = evaluate.main([str(tmp_path / "n_v1.pth"), str(tmp_path / "o" / "n_v1.pth"), *argv])
+    assert [row["name"] for row in rows] == [str(tmp_path / "n_v1.pth"), str(tmp_path / "o" / "n_v1.pth")]
+
+
+def test_an_image_without_labels_is_not_among_the_worst(trained, copy_of, tmp_path):
+    path = min((copy_of / "val" / "Segmentation").iterdir())
+    Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    evaluate.main([str(trained[0] / "best_student.pth"), "--data", str(copy_of), "--out", str(tmp_path), "--workers", "0", "--save-worst", "4"])
+    sheets = list((tmp_path / "worst_best_student").iterdir())
+    assert len(sheets) == 3 and not any(path.stem in sheet.name for sheet in sheets)
+
+
+def test_a_chart_of_two_classes_holds_its_title():
+    table = data.DESERT[:2]
+    image = np.asarray(evaluate.draw_confusion(torch.eye(2), table, "a network with a long name, val"))
+    assert (image[4:22, -12:] == 255).all() and (image[4:22] != 255).any()
+
+
 def test_absent_class_is_na(trained, tmp_path, copy_of, capsys):
     for path in (copy_of / "val" / "Segmentation").iterdir():
         mask = np.asarray(Image.open(path)).copy()
@@ -1512,6 +1549,34 @@ def test_an_input_is_never_overwritten(trained, tmp_path, fails):
     assert (tmp_path / "a_mask.png").read_bytes() == old
 
 
+def test_only_what_would_be_written_counts_as_overwritten(trained, tmp_path, capsys):
+    image, _ = data.draw_scene(1, 120, 80)
+    for name in ("a.png", "a_overlay.png", "a_ids.png"):
+        image.save(tmp_path / name)
+    argv = [str(tmp_path / "a.png"), str(tmp_path / "a_overlay.png"), str(tmp_path / "a_ids.png"), "--checkpoint", str(trained[0] / "best_student.pth")]
+    infer.main([*argv, "--out", str(tmp_path), "--no-overlay"])
+    assert "3 image(s)" in capsys.readouterr().out and (tmp_path / "a_ids_mask.png").exists()
+
+
+def test_a_file_named_twice_is_labelled_once(trained, tmp_path, monkeypatch, capsys):
+    image, _ = data.draw_scene(1, 120, 80)
+    image.save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    infer.main(["a.png", str(tmp_path / "a.png"), "*.png", "--checkpoint", str(trained[0] / "best_student.pth"), "--out", "o"])
+    assert "1 image(s)" in capsys.readouterr().out
+
+
+def test_hugging_face_export_touches_its_own_files_only_and_fails_in_one_line(trained, tmp_path, fails):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine.safetensors").write_text("")
+    (tmp_path / "hf" / "mine.safetensors").chmod(0o600)
+    argv = ["--checkpoint", str(trained[0] / "best_student.pth"), "--export"]
+    infer.main([*argv, str(tmp_path / "hf")])
+    assert (tmp_path / "hf" / "mine.safetensors").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "no" / "model.safetensors").mkdir(parents=True)
+    fails(infer.main, [*argv, str(tmp_path / "no")], "--export", "cannot be written", status=1)
+
+
 def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fails):
     checkpoint = trained[0] / "best_student.pth"
     infer.main(["--export", str(tmp_path / "hf"), "--checkpoint", str(checkpoint), "--shape", "512x896"])
@@ -1602,13 +1667,30 @@ def test_onnx_gives_torchs_labels(shape, trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_an_onnx_file_that_differs_from_torch_does_not_replace_a_good_one(trained, tmp_path, monkeypatch, fails):
+    pytest.importorskip("onnxscript")
+    target, once = tmp_path / "a.onnx", infer.session_of
+    target.write_bytes(b"good")
+
+    class Wrong:
+        def __init__(self, *args):
+            self.session = once(*args)
+
+        def run(self, *args):
+            return [9 - labels for labels in self.session.run(*args)]
+    monkeypatch.setattr(infer, "session_of", Wrong)
+    fails(infer.main, ["--export", str(target), "--shape", "64x96", "--checkpoint", trained[1][1]], "a.onnx", "differs from torch", status=1)
+    assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.slow
 def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    target = tmp_path / "student.int8.onnx"
+    target = tmp_path / "new" / "student.int8.onnx"
     infer.main(["--export", str(target), "--shape", "96x160", "--checkpoint", str(trained[0] / "best_student.pth"), "--data", str(scenes),
                 "--calibrate", str(scenes / "train" / "Color_Images")])
-    assert target.stat().st_size < 0.3 * (trained[0] / "best_student.pth").stat().st_size and not (tmp_path / "student.onnx").exists()
+    assert target.stat().st_size < 0.3 * (trained[0] / "best_student.pth").stat().st_size and list(target.parent.iterdir()) == [target]
     said = capsys.readouterr().out
     assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
     assert said.splitlines()[-1].startswith(f"{target}: ") and "/fp32.onnx" not in said
@@ -1819,9 +1901,11 @@ def test_bad_checkpoints_are_one_line(trained, tmp_path, scenes, fails):
     content = torch.load(good, weights_only=True)
     torch.save({**content, "arch": "deeplab"}, tmp_path / "arch.pth")
     torch.save({**content, "classes": data.DESERT[:5]}, tmp_path / "classes.pth")
+    torch.save({**content, "image_size": "x"}, tmp_path / "image.pth")
+    torch.save({**content, "val_iou": [1]}, tmp_path / "iou.pth")
     image = str(next((scenes / "val" / "Color_Images").iterdir()))
     for name, word in (("cut.pth", "damaged"), ("text.pth", "no checkpoint"), ("dict.pth", "no state dict"),
-                       ("arch.pth", "holds segformer-b1, not deeplab"), ("classes.pth", "10 classes, the class table 5")):
+                       ("arch.pth", "holds segformer-b1, not deeplab"), ("classes.pth", "10 classes, the class table 5"), ("image.pth", "image_size 'x'"), ("iou.pth", "val_iou [1]")):
         fails(infer.main, [image, "--checkpoint", str(tmp_path / name)], name, word)
         fails(evaluate.main, [str(tmp_path / name), "--data", str(scenes)], name, word)
     (tmp_path / "c.json").write_text(json.dumps(data.DESERT))
