@@ -982,7 +982,7 @@ def test_signal_saves_and_the_resumed_run_has_the_same_bits(which, status, amp, 
     assert states_equal(best[0]["model_state_dict"], best[1]["model_state_dict"]) and best[0]["epoch"] == best[1]["epoch"]
 
 
-def test_signal_during_validation_stops_before_the_epoch_is_recorded(scenes, tmp_path, monkeypatch):
+def test_signal_during_validation_stops_before_the_epoch_is_recorded(scenes, tmp_path, monkeypatch, capsys):
     argv = ["--data", str(scenes), *B0, "--out", str(tmp_path), "--epochs", "2"]
     once, calls = evaluate.confusion, []
 
@@ -998,6 +998,7 @@ def test_signal_during_validation_stops_before_the_epoch_is_recorded(scenes, tmp
     assert stop.value.code == 143 and len(calls) == 2 and len(read_log(tmp_path / "segformer-b0.jsonl")) == 1
     _, history = train_teacher.main(argv)
     assert [r["step"] for r in history] == [3, 6] and history[0]["val_miou"] is not None
+    assert history[0]["images_per_s"] is None and "epoch 1, step 3" in capsys.readouterr().out     # nothing was trained between
 
 
 def test_handlers_are_put_back_and_not_touched_in_threads(scenes, tmp_path):

@@ -495,7 +495,7 @@ def timings(images, device, since, waited):
     """Of training since the epoch began or the run went on; the only figures that a resumed run may differ in. Images are
     counted over all processes, waiting for data and memory of this one."""
     seconds = time.perf_counter() - since
-    return {"images_per_s": images / max(seconds, 1e-9), "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(device)}
+    return {"images_per_s": images / seconds if images else None, "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(device)}
 
 
 def peak_memory(device):
@@ -525,8 +525,9 @@ def report(run, world, header, history, classes, bar):
                  if key in last and last[key] != last["loss"]]       # one line would hide the other
         curves = "training_curves.png" if run.name == "best_student" else f"{run.name}_curves.png"
         data.save_image(run.best.with_name(curves), draw_curves(history, classes, parts))
-        figures = "".join(f", {what} {last[key]:.4f}" for what, key in (("loss", "loss"), ("mIoU", "val_miou")) if last[key] is not None)
-        bar.write(f"{run.name}: epoch {last['epoch']}, step {last['step']}{figures}, {last['images_per_s']:.1f} images/s", file=sys.stdout)
+        figures = [form.format(last[key]) for form, key in ((", loss {:.4f}", "loss"), (", mIoU {:.4f}", "val_miou"),
+                                                            (", {:.1f} images/s", "images_per_s")) if last[key] is not None]
+        bar.write(f"{run.name}: epoch {last['epoch']}, step {last['step']}{''.join(figures)}", file=sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------- command
