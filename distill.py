@@ -285,7 +285,8 @@ def main(argv=()):
         student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
         if args.init == "teacher":
             start_from_teacher(student, [model for model, _ in loaded])
-        teach, adapters = make_teach(args, world, train, student, digests, loaded) if needs_teachers(args) else (None, None)
+        teach, adapters = (None, None) if run.done or not needs_teachers(args) else \
+            make_teach(args, world, train, student, digests, loaded)
         return fit(student, run, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight, adapters)
 
 

@@ -1269,6 +1269,9 @@ def test_cached_run_does_not_load_teachers_twice_and_says_what_it_takes(trained,
     _, history = distill.main(argv)
     said = capsys.readouterr().out
     assert "teacher cache: 12 of 12 images" in said and "MB" in said and "minutes" in said
+    (tmp_path / "teacher_cache.f16").unlink()
+    distill.main(argv)
+    assert "finished already" in capsys.readouterr().out and not (tmp_path / "teacher_cache.f16").exists()
     online = distill.main([*(a for a in argv if a != "--cache-teachers"), "--out", str(tmp_path / "online")])[1]
     assert history[0]["soft"] == pytest.approx(online[0]["soft"], rel=0.5) and history[0]["hard"] == pytest.approx(online[0]["hard"], rel=0.1)
 

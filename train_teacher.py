@@ -265,6 +265,10 @@ class Run(NamedTuple):
     settings: dict
     state: dict | None                           # what `last` held when the command began
 
+    @property
+    def done(self):
+        return self.state is not None and self.state["training"]["done"]
+
 
 def open_run(name, args, world, train, val, teachers=()):
     """Finds out whether the command begins a run or goes on with one; a Fault if `last` is of a run with other settings."""
@@ -339,7 +343,7 @@ def fit(model, run, loss, train, val, args, world, class_weight, adapters=None):
         step, history, best, header = (run.state["training"][key] for key in ("step", "history", "best", "header"))
         sums = restore(job, run.state, adapters)
     write_log(run, world, header, history)
-    if run.state and run.state["training"]["done"]:
+    if run.done:
         world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
         return model.eval(), history
     world.say(f"{name}: goes on after step {step} of {total}" if run.state else
