@@ -150,6 +150,7 @@ def session_of(content):
     onnxruntime, = needs("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")         # idle threads would slow what is timed in turn
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -1663,6 +1663,8 @@ def test_onnx_gives_torchs_labels(shape, trained, tmp_path, capsys):
     target = tmp_path / "student.onnx"
     infer.main(["--export", str(target), "--shape", shape, "--checkpoint", str(trained[0] / "best_student.pth")])
     assert capsys.readouterr().out.count("% of the labels equal") == (3 if shape == "dynamic" else 1)
+    timed = infer.session_of(target.read_bytes()).get_session_options()              # a session's idle threads must not slow what runs after it
+    assert timed.get_session_config_entry("session.intra_op.allow_spinning") == "0" and timed.intra_op_num_threads == torch.get_num_threads()
     session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 96, 160), dtype=np.uint8)
     labels = session.run(None, {"image": image})[0]
