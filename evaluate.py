@@ -311,7 +311,8 @@ def make_parser():
     images.add_argument("--workers", type=data.number(int, 0, 256), default=min(2, data.cores()),
                         help="processes that read files (up to 2)")
     group = add_model_flags(parser)
-    group.add_argument("--ensemble", action="store_true", help="add the ensemble of all but best_student*, student*, at the first one's size")
+    group.add_argument("--ensemble", action="store_true",
+                       help="add the ensemble of all but best_student*, student*, at the first one's size")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="weights of the ensemble (equal)")
     group.add_argument("--tta", choices=["flip"], help="also score each network on the mean with the mirrored image")
     output = parser.add_argument_group("output")

@@ -169,7 +169,7 @@ def export_onnx(model, path, shape, dynamic=False):
     for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
         image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
         same = (torch.from_numpy(session.run(None, {"image": image.numpy()})[0]) == labeller(image)).float().mean().item()
-        print(f"{Path(path).name}: {h}x{w}, {100 * same:.3f} % of the labels equal torch's")
+        print(f"onnx fp32 at {h}x{w}: {100 * same:.3f} % of the labels equal torch's")
         if same < 0.999:
             raise data.Fault(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels and was not written; "
                              "try another torch or onnxruntime", status=1)
@@ -233,6 +233,7 @@ def export(args, model, meta):
     frozen = freeze(model, meta["arch"])
     if not target.name.endswith(".int8.onnx"):
         export_onnx(frozen, target, (height, width), dynamic)
+        print(f"{target}: takes uint8 images of (1, 3, {'H, W), H and W multiples of 32' if dynamic else f'{height}, {width})'}")
         return
     if not args.calibrate:
         raise data.Fault(f"--export {target}: 8 bits need --calibrate DIR, a folder of images like those to come")

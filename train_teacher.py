@@ -347,7 +347,7 @@ def fit(model, run, loss, train, val, args, world, class_weight, adapters=None):
         world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
         return model.eval(), history
     world.say(f"{name}: goes on after step {step} of {total}" if run.state else
-              f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} x {world.size} process(es) = "
+              f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} accumulated x {world.size} process(es) = "
               f"{global_batch}, {header['run']['device']}")
     if args.compile:
         world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
