@@ -1,14 +1,20 @@
 """Distils a light student from the weighted ensemble of its teachers.
 
-    python distill.py --T 2 --alpha 0.3:0.7                   # outputs/{deep_lab,best_model}.pth -> best_student.pth
-    python distill.py --cache-teachers                        # the teachers' answers are computed once and kept
+    python distill.py --T 2 --alpha 0.3:0.7  # outputs/{deep_lab,best_model}.pth -> best_student.pth
+    python distill.py --cache-teachers  # the teachers see each image once, not each crop
     python distill.py --demo                                  # everything in miniature, on drawn images
-    python distill.py --bench                                 # what a step costs here, beside the usual notebook's
 
-    L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A,   a from --alpha's start to its end
+    image --+--> DeepLabV3+ ----+--> weighted mean --> teacher logits --+
+            +--> SegFormer-B3 --+                                       +--> KL at temperature T --- a ----+
+            |                                                           |                              + loss
+            +--> SegFormer-B1, the student ----------> student logits --+--> cross-entropy ------ 1 - a ---+
+    mask --------------------------------------------> target ----------+    with class weights
 
-Measured on 203 real pairs at --size 128, 40 epochs from random weights, about 10 minutes on one CPU core: mIoU .346 for
-the student alone, .389 with --init teacher, .320 with the KL of the original (README, "Ablation").
+    a goes from --alpha's start to its end over the run.
+
+Measured on 203 real pairs at --size 128, 40 epochs from random weights, about 10 minutes on one CPU core:
+mIoU .346 for the student alone, .389 with --init teacher, .320 with the KL of the original
+(.github/RESULTS.md).
 
 In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
 
@@ -17,92 +23,166 @@ Letters: B batch, C classes, S crop side, K teachers, h w = a map's sides at str
 import hashlib
 import json
 import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image, ImageDraw
 from torch import nn
-from transformers import SegformerForSemanticSegmentation
 
 import data
 import evaluate
 import train_teacher
-from losses import attention_loss, cwd_loss, feature_loss, hard_loss, ramp, soft_loss
-from models import Ensemble, SegFormer, amp_dtype, autocast, build, freeze, load_model, logits, old_key, predict
-from train_teacher import fit, open_data, open_run, processes
+from data import InputError, RunError
+from losses import (
+    attention_loss,
+    cwd_loss,
+    feature_loss,
+    hard_loss,
+    hard_weights,
+    ramp,
+    soft_loss,
+    soft_weights,
+)
+from models import (
+    TEACHER_NAMES,
+    Ensemble,
+    SegFormer,
+    add_model_flags,
+    amp_dtype,
+    autocast,
+    build,
+    ensemble_weights,
+    load_model,
+    logits,
+    old_key,
+    optimize_for_inference,
+    parse_weights,
+    predict,
+)
+from train_teacher import State, as_json, fit, join_processes, open_data
 
-TEACHERS = [f"{name}.pth" for name in evaluate.TEACHER_NAMES.values()]
-
-
-# ---------------------------------------------------------------------------------------------- flags
-def parse_alpha(value):
-    """"0.3:0.7" -> (0.3, 0.7); "0.5" -> (0.5, 0.5)."""
-    try:
-        ends = [float(v) for v in value.split(":")]
-    except ValueError:
-        ends = []
-    if len(ends) not in (1, 2) or not all(0 <= v <= 1 for v in ends):
-        raise data.Fault(f"--alpha {value}: give START:END or one number, each in 0..1, such as 0.3:0.7")
-    return ends[0], ends[-1]
-
-
-def make_parser():
-    parser = data.Parser(__doc__.split("\n\n")[0], epilog="example: python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
-    group = evaluate.add_model_flags(parser, "segformer-b1")
-    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH", help="the student's first weights; teacher: "
-                       "embeddings, norms and an even choice of a SegFormer teacher's blocks (imagenet)")
-    group.add_argument("--teachers", nargs="+", metavar="CKPT", help="their checkpoints (deep_lab.pth and best_model.pth in --out)")
-    kd = parser.add_argument_group("distillation")
-    positive, weight = data.number(float, 0, 1000, open_low=True), data.number(float, 0, 1e6)
-    kd.add_argument("--T", type=positive, default=2.0, help="temperature of the soft loss (2, Hinton et al. 2015)")
-    kd.add_argument("--alpha", type=parse_alpha, default="0.3:0.7", metavar="START:END",
-                    help="share of the soft losses over the run (0.3:0.7)")
-    kd.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="auto: by class, from validation IoU (equal)")
-    kd.add_argument("--average", choices=["logits", "probs"], default="logits", help="what the ensemble averages (logits)")
-    kd.add_argument("--kl", type=weight, default=1.0, help="weight of KL, the loss per pixel (1)")
-    kd.add_argument("--cwd", type=weight, default=0.0, help="weight of the channel-wise loss, its temperature is 4 (0, Shu et al. 2021)")
-    kd.add_argument("--feature", type=weight, default=0.0, help="weight of the loss between stages' features (0, Romero et al. 2015)")
-    kd.add_argument("--attention", type=weight, default=0.0, help="weight of attention transfer (0, Zagoruyko and Komodakis 2017)")
-    kd.add_argument("--cache-teachers", action="store_true",
-                    help="teachers see each whole image once; their maps are warped like the crops")
-    train_teacher.add_train_flags(parser)
-    whole = parser.add_argument_group("instead of a run")
-    whole.add_argument("--demo", action="store_true", help="draw scenes, train all three networks in miniature with settings of its own")
-    whole.add_argument("--bench", action="store_true", help="time every piece of a step at --size, --batch-size, --amp, --compile")
-    return parser
+TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
 
 
-# ---------------------------------------------------------------------------------------------- teachers
-def needs_teachers(args):
-    """Whether any term of the teachers' counts; where none does, they are not even loaded."""
-    return bool(args.feature or args.attention) or (max(args.alpha) > 0 and bool(args.kl or args.cwd))
+# ------------------------------------------------------------ targets and loss
+def make_prepare(world, class_weight, ask_teachers=None):
+    """prepare(batch) as fit() takes it. ask_teachers: see make_ask_teachers; None trains the student
+    alone."""
+    def prepare(batch):
+        batch = data.augment_on_device(batch, world.device)
+        weights = {"hard": hard_weights(batch.target, class_weight)}
+        if ask_teachers is None:
+            return batch._replace(weights=weights)
+        weights["soft"] = soft_weights(batch.target)
+        teacher, stages = ask_teachers(batch)  # they see exactly the pixels that the student sees
+        return batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
+    return prepare
 
 
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def make_loss(args, adapters=None):
+    """loss_fn(network, batch, progress) as fit() takes it: the distillation loss of losses.py."""
+    def loss_fn(network, batch, progress):
+        alpha = ramp(*args.alpha, progress)
+        z, stages = network(batch.image, features=True)
+        hard = hard_loss(z, batch.target, batch.weights["hard"])
+        loss, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
+        if batch.teacher is None:
+            return loss, parts
+        if args.kl:
+            soft, parts["logits_clamped"], parts["soft_clamped"] = soft_loss(
+                z, batch.teacher, args.T, batch.weights["soft"])
+            parts["soft"] = soft
+            loss = loss + alpha * args.kl * soft
+        if args.cwd:
+            parts["cwd"] = cwd_loss(z, batch.teacher, batch.weights["soft"])
+            loss = loss + alpha * args.cwd * parts["cwd"]
+        if args.feature:
+            parts["feature"] = mean_over_teachers(feature_loss, stages, batch.teacher_stages, adapters)
+            loss = loss + args.feature * parts["feature"]
+        if args.attention:
+            parts["attention"] = mean_over_teachers(attention_loss, stages, batch.teacher_stages)
+            loss = loss + args.attention * parts["attention"]
+        return loss, parts
+    return loss_fn
 
 
+def mean_over_teachers(loss, stages, teachers, adapters=None):
+    """The mean of loss(student's stages, a teacher's stages), the former adapted to the latter's widths."""
+    losses = []
+    for k, teacher_stages in enumerate(teachers):
+        own = stages if adapters is None else [adapt(s) for adapt, s in zip(adapters[k], stages, strict=True)]
+        losses.append(loss(own, teacher_stages))
+    return sum(losses) / len(losses)
+
+
+# ------------------------------------------------------------ teachers
 def load_teachers(args):
-    """(digests, [(network, meta)]) of --teachers, or of the two that train_teacher.py writes to --out."""
-    paths, classes = args.teachers or [Path(args.out) / name for name in TEACHERS], data.load_classes(args.classes)
-    loaded = [load_model(path, classes=classes, flag="--teachers") for path in paths]
-    return [file_digest(path) for path in paths], loaded
+    """(digests of the files, [(network, meta)]) of --teachers, or of what train_teacher.py writes to
+    --out."""
+    paths = args.teachers or [Path(args.out) / name for name in TEACHER_FILES]
+    classes = data.load_classes(args.classes)
+    teachers = [load_model(path, classes=classes, flag="--teachers") for path in paths]
+    digests = []
+    for path in paths:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return digests, teachers
+
+
+def make_ask_teachers(args, world, train, digests, teachers):
+    """ask_teachers(batch) -> (the ensemble's logits (B, C, h, w), K lists of stages), frozen.
+
+    With --cache-teachers this first fills the cache, and then reads from it."""
+    dtype = amp_dtype(args.amp, world.device)
+    weights = ensemble_weights(args.teacher_weights, [meta for _, meta in teachers])
+    frozen = [optimize_for_inference(model.to(world.device), meta["arch"], dtype) for model, meta in teachers]
+    ensemble = Ensemble(frozen, weights, args.average).to(world.device)
+    if args.cache_teachers:
+        files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs]
+        key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "size": args.size,
+               "data": train.digest, "images": files, "precision": str(dtype), "format": 1}
+        cache = TeacherCache(args.out, key, train, args.size)
+        cache.build(ensemble, world, dtype, args.workers)
+        return lambda batch: (cache.crops(batch), [])
+    network = torch.compile(ensemble) if args.compile else ensemble
+    with_stages = bool(args.feature or args.attention)
+
+    @torch.no_grad()
+    def ask_teachers(batch):
+        with autocast(world.device, dtype):
+            return network(batch.image, features=True) if with_stages else (network(batch.image), [])
+    return ask_teachers
+
+
+def make_adapters(student, teachers):
+    """For each teacher and stage a 1x1 convolution from the student's width to the teacher's, or nothing."""
+    x = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        own_stages = student.eval()(x, features=True)[1]
+        all_stages = [teacher.eval()(x, features=True)[1] for teacher in teachers]
+    adapters = nn.ModuleList()
+    for teacher_stages in all_stages:
+        adapters.append(nn.ModuleList())
+        for own, theirs in zip(own_stages, teacher_stages, strict=True):
+            same = own.shape[1] == theirs.shape[1]
+            adapters[-1].append(nn.Identity() if same else nn.Conv2d(own.shape[1], theirs.shape[1], 1))
+    return adapters
 
 
 def start_from_teacher(student, teachers):
-    """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each of the
-    student's blocks one of the teacher's, evenly chosen from first to last (as DistilBERT, Sanh et al. 2019, section 3)."""
-    fitting = [t for t in teachers if isinstance(t, SegFormer) and isinstance(student, SegFormer)
-               and t.config.hidden_sizes == student.config.hidden_sizes]
-    if not fitting:
-        raise data.Fault("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, random or a path")
-    teacher = fitting[0]
+    """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each
+    block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3)."""
+    def fits(teacher):
+        return (isinstance(teacher, SegFormer) and isinstance(student, SegFormer)
+                and teacher.config.hidden_sizes == student.config.hidden_sizes)
+
+    teacher = next((teacher for teacher in teachers if fits(teacher)), None)
+    if teacher is None:
+        raise InputError("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, "
+                         "random or a path")
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
     for key in state:
@@ -111,75 +191,60 @@ def start_from_teacher(student, teachers):
             continue
         if parts[2] == "block":                               # segformer.encoder.block.STAGE.BLOCK. ...
             stage, block = int(parts[3]), int(parts[4])
-            mine, theirs = student.config.depths[stage], teacher.config.depths[stage]
-            parts[4] = str(round(block * (theirs - 1) / max(1, mine - 1)))
+            own, theirs = student.config.depths[stage], teacher.config.depths[stage]
+            parts[4] = str(round(block * (theirs - 1) / max(1, own - 1)))
         state[key] = source[".".join(parts)].clone()
     student.load_state_dict(state)
 
 
-def make_adapters(student, teachers):
-    """For each teacher and stage a 1x1 convolution from the student's width to the teacher's, or nothing if they agree."""
-    x = torch.zeros(1, 3, 64, 64)
-    with torch.no_grad():
-        mine, *theirs = [model.eval()(x, features=True)[1] for model in (student, *teachers)]
-    return nn.ModuleList(nn.ModuleList(nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1)
-                                       for s, t in zip(mine, stages, strict=True)) for stages in theirs)
-
-
-# ---------------------------------------------------------------------------------------------- the loss
-def make_loss(args, class_weight, teach=None, adapters=None):
-    """The distillation loss as fit() takes it. teach(batch) -> (teachers' logits, K lists of their stages), or None."""
-    def loss(forward, batch, progress):
-        alpha = ramp(*args.alpha, progress)
-        z, stages = forward(batch.image, features=True)
-        hard = hard_loss(z, batch.mask, class_weight, batch.weight_sum)
-        total, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
-        if teach is None:
-            return total, parts
-        z_t, teacher_stages = teach(batch)
-        if args.kl:
-            soft, parts["logits_clamped"], parts["soft_clamped"] = soft_loss(z, z_t, batch.mask, args.T, batch.valid)
-            total, parts["soft"] = total + alpha * args.kl * soft, soft
-        if args.cwd:
-            parts["cwd"] = cwd_loss(z, z_t, batch.mask) * batch.share
-            total = total + alpha * args.cwd * parts["cwd"]
-        if args.feature:
-            each = [feature_loss([adapt(s) for adapt, s in zip(adapter, stages, strict=True)], theirs)
-                    for adapter, theirs in zip(adapters, teacher_stages, strict=True)]
-            parts["feature"] = sum(each) / len(each) * batch.share
-            total = total + args.feature * parts["feature"]
-        if args.attention:
-            parts["attention"] = sum(attention_loss(stages, theirs) for theirs in teacher_stages) / len(teacher_stages) * batch.share
-            total = total + args.attention * parts["attention"]
-        return total, parts
-    return loss
-
-
-# ---------------------------------------------------------------------------------------------- the teacher cache
-class Cache:
+# ------------------------------------------------------------ the teacher cache
+class TeacherCache:
     """The ensemble's logits of every whole training image, float16 at stride 4, in one memory-mapped file.
 
-    Built in one pass that goes on where it was cut off; `key` names all that the maps depend on, and a cache under another
-    key is replaced. Teachers see the whole clean image here, not the jittered crop."""
+    `key` names all that the maps depend on; a cache with another key is replaced. Teachers see the whole
+    clean image here, not the jittered crop."""
 
-    def __init__(self, folder, key, pairs, size):
-        self.folder, self.key, self.pairs = Path(folder), train_teacher.as_json(key), pairs
-        classes = len(pairs.classes)
-        self.shapes = [(classes, h // 4, w // 4) for w, h in (data.whole_size(*s, size) for s in pairs.sizes)]
+    def __init__(self, folder, key, split, size):
+        self.folder, self.key, self.split, self.size = Path(folder), as_json(key), split, size
+        self.shapes = []
+        for image_size in split.sizes:
+            width, height = data.eval_size(*image_size, size)
+            self.shapes.append((len(split.classes), height // 4, width // 4))
         self.starts = np.cumsum([0] + [int(np.prod(shape)) for shape in self.shapes])
-        self.sizes = torch.tensor(pairs.sizes, dtype=torch.float32)                  # (N, 2) width, height
-        self.size = size
+        self.sizes = torch.tensor(split.sizes, dtype=torch.float32)                  # (N, 2) width, height
+
+    def build(self, ensemble, world, dtype, workers):
+        """Computes the missing maps, split over the processes; an interrupted build resumes here."""
+        todo = self.open(world)
+        mine = todo[world.rank::world.size]
+        dataset = data.EvalDataset(self.split, [self.size])
+        images = data.load(dataset, mine, workers, world.device.type == "cuda") if mine else ()
+        start = 0.0
+        for n, (index, (image,), _) in enumerate(data.progress_bar(images, "teachers", len(mine))):
+            if n == 1:                                        # the first image also waits for the workers
+                start = time.perf_counter()
+            if n == 2:
+                minutes = (time.perf_counter() - start) * len(mine) / 60
+                world.print(f"teacher cache: {len(todo)} of {len(self.split)} images to compute, "
+                            f"{2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, about {minutes:.1f} "
+                            "minutes, once")
+            z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)                   # float16 ends at 65504
+            self.values[self.starts[index]:self.starts[index + 1]] = z.cpu().half().numpy().ravel()
+            self.done[index] = 1
+        self.values.flush()
+        world.max(0)                                          # waits until every process has done its share
 
     def open(self, world):
-        """Maps the files; an old cache under another key is replaced. Returns which images are still to do."""
+        """Maps the files, new ones where the key has changed; returns the indices still to compute."""
         key_file, values, done = (self.folder / f"teacher_cache.{end}" for end in ("json", "f16", "done"))
-        with world.first():
+        with world.rank_0_first():
             try:
-                stale = json.loads(key_file.read_text()) != self.key or \
-                    (values.stat().st_size, done.stat().st_size) != (2 * self.starts[-1], len(self.pairs))
+                sizes = values.stat().st_size, done.stat().st_size
+                valid = json.loads(key_file.read_text()) == self.key and \
+                    sizes == (2 * self.starts[-1], len(self.split))
             except (OSError, ValueError):
-                stale = True
-            if stale:
+                valid = False
+            if not valid:
                 self.create(key_file, values, done)
         self.values = np.memmap(values, np.float16, "r+")
         self.done = np.memmap(done, np.uint8, "r+")
@@ -190,238 +255,192 @@ class Cache:
             path.unlink(missing_ok=True)
         need, free = 2 * int(self.starts[-1]), shutil.disk_usage(self.folder).free
         if need > free:
-            raise data.Fault(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
-                             "free some or use another --out")
+            raise InputError(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+                             "free; free some or use another --out")
         try:
-            for path, length in ((values, need), (done, len(self.pairs))):
+            for path, length in ((values, need), (done, len(self.split))):
                 with open(path, "wb") as file:
                     file.truncate(length)
         except OSError as error:
-            raise data.Fault(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use another --out",
-                             status=1) from None
+            raise RunError(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use "
+                           "another --out") from None
         data.write_atomic(key_file, lambda file: file.write(json.dumps(self.key).encode()))
-
-    def build(self, ensemble, world, dtype, workers):
-        """Fills in what is missing, split over the processes; says beforehand what it takes."""
-        todo = self.open(world)
-        mine = todo[world.rank::world.size]
-        if mine:
-            images = data.loader(data.WholeImages(self.pairs, [self.size]), workers, world.device.type == "cuda", mine)
-            for n, (n_pair, (image,), _) in enumerate(data.progress(images, "teachers", total=len(mine))):
-                if n == 1:
-                    start = time.perf_counter()               # the first image takes longer, and waits for the workers
-                if n == 2:
-                    world.say(f"teacher cache: {len(todo)} of {len(self.pairs)} images to compute, {2 * self.starts[-1] / 1e6:.0f} MB in "
-                              f"{self.folder}, about {(time.perf_counter() - start) * len(mine) / 60:.1f} minutes, once")
-                z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)
-                self.values[self.starts[n_pair]:self.starts[n_pair + 1]] = z.cpu().half().numpy().ravel()
-                self.done[n_pair] = 1
-            self.values.flush()
-        world.agree(0)                                        # until every process has filled in its share
 
     @torch.no_grad()
     def crops(self, batch):
-        """The maps of a batch, warped by the samples' own matrices: (B, C, S/4, S/4) float32. Cells outside the image
-        repeat its border; the mask ignores them."""
-        device, index = batch.image.device, batch.pair.tolist()
-        at = (torch.arange(self.size // 4, device=device) + 0.5) * 4
-        y, x = torch.meshgrid(at, at, indexing="ij")
-        centres = torch.stack([x, y, torch.ones_like(x)], -1)                        # crop coordinates of the cells
-        places = (batch.matrix[:, None, None] * centres[..., None, :]).sum(-1)       # (B, h, w, 2) image coordinates
-        grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1
-        maps = [torch.from_numpy(self.values[self.starts[n]:self.starts[n + 1]].reshape(1, *self.shapes[n])) for n in index]
-        return torch.cat([F.grid_sample(m.to(device, non_blocking=True).float(), g[None], padding_mode="border", align_corners=False)
-                          for m, g in zip(maps, grid, strict=True)])
+        """The maps of a batch, warped by the samples' own affine maps: (B, C, S/4, S/4) float32.
+
+        Cells outside the image repeat its border; their weight is 0."""
+        device, index = batch.image.device, batch.indices.tolist()
+        centres = (torch.arange(self.size // 4, device=device) + 0.5) * 4
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        cells = torch.stack([x, y, torch.ones_like(x)], -1)  # (h, w, 3) crop coordinates
+        places = (batch.affine[:, None, None] * cells[..., None, :]).sum(-1)  # (B, h, w, 2) in the image
+        grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1  # -1..1, as grid_sample wants
+        crops = []
+        for n, own_grid in zip(index, grid, strict=True):
+            values = self.values[self.starts[n]:self.starts[n + 1]].reshape(1, *self.shapes[n])
+            z = torch.from_numpy(values).to(device, non_blocking=True).float()
+            crops.append(F.grid_sample(z, own_grid[None], padding_mode="border", align_corners=False))
+        return torch.cat(crops)
 
 
-# ---------------------------------------------------------------------------------------------- the run
-def make_teach(args, world, train, student, digests, loaded):
-    """(teach as make_loss takes it, adapters or None) for loaded teachers."""
-    dtype, stages = amp_dtype(args.amp, world.device), bool(args.feature or args.attention)
-    weights = evaluate.ensemble_weights(args.teacher_weights, [meta for _, meta in loaded])
-    adapters = make_adapters(student, [model for model, _ in loaded]) if args.feature else None
-    frozen = [freeze(model.to(world.device), meta["arch"], dtype) for model, meta in loaded]
-    ensemble = Ensemble(frozen, weights, args.average).to(world.device)
-    if not args.cache_teachers:
-        answer = torch.compile(ensemble) if args.compile else ensemble
+# ------------------------------------------------------------ the demo
+def demo(args):
+    """Scenes, both teachers, the student, the comparison and an overlay, offline and small."""
+    out = Path("outputs/demo" if args.out == "outputs" else args.out)
+    steps = args.steps or 60
+    print(f"demo: draws 40 desert scenes, trains DeepLabV3+ and SegFormer-B3 for {steps} steps each at 96\n"
+          "pixels, distils SegFormer-B1, compares the three and labels a scene: about three minutes on two\n"
+          f"cores. Everything goes to {out}. Scores mean nothing here: the scenes are drawn, and the\n"
+          "networks start from random weights.", flush=True)
+    if not (out / "data").is_dir():
+        write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
+        (out / "drawing").rename(out / "data")                # all scenes or none
+    common = ["--data", str(out / "data"), "--out", str(out), "--device", args.device, "--amp", args.amp]
+    training = [*common, "--init", "random", "--size", "96", "--lr", "1e-3", "--batch-size", "4",
+                "--eval-every", "4", "--class-weights", "sqrt", "--steps", str(steps),
+                "--seed", str(args.seed)]
+    if args.overwrite:
+        training.append("--overwrite")
+    train_teacher.main(["--arch", "deeplab", *training])
+    train_teacher.main(["--arch", "segformer", *training])
+    alpha = f"{args.alpha[0]}:{args.alpha[1]}"
+    student, history = main(["--T", str(args.T), "--alpha", alpha, *training])
+    checkpoints = [str(out / name) for name in (*TEACHER_FILES, "best_student.pth")]
+    evaluate.main([*checkpoints, *common, "--workers", "0"])
+    image = data.read_image(min((out / "data" / "val" / "Color_Images").iterdir()))
+    model, meta = load_model(checkpoints[-1])
+    pred = predict(model, data.eval_image(image, meta["size"]), image.size[::-1])[0].numpy()
+    data.save_image(out / "overlay.png", data.overlay(image, pred, meta["classes"]))
+    print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
+    return student, history
 
-        def teach(batch):
-            return answer(batch.image, features=True) if stages else (answer(batch.image), [])
-        return teach, adapters
-    key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "data": train.digest,
-           "size": args.size, "images": [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs],
-           "precision": str(dtype), "format": 1}
-    cache = Cache(args.out, key, train, args.size)
-    cache.build(ensemble, world, dtype, args.workers)
-    return lambda batch: (cache.crops(batch), []), adapters
+
+def draw_scene(seed, width=960, height=540):
+    """A drawn desert scene with all ten classes: (PIL RGB, (H, W) uint16 raw ids of the desert table)."""
+    rng = np.random.default_rng(seed)
+    image, mask = Image.new("RGB", (width, height), (150, 190, 235)), Image.new("L", (width, height), 9)
+    pens, unit = (ImageDraw.Draw(image), ImageDraw.Draw(mask)), height / 540
+
+    def draw(shape, index, box):
+        color = np.array(data.DESERT[index]["color"]) + rng.normal(0, 14, 3)
+        getattr(pens[0], shape)(box, fill=tuple(int(v) for v in color.clip(0, 255)))
+        getattr(pens[1], shape)(box, fill=index)
+
+    horizon = height * rng.uniform(0.38, 0.48)
+    draw("rectangle", 8, (0, horizon, width, height))         # ground
+    # class, how many, shape, radius in pixels of a 540-pixel frame, height / width
+    things = [(2, 6, "ellipse", 130, 0.25), (4, 60, "rectangle", 5, 0.5), (7, 8, "ellipse", 18, 0.7),
+              (3, 7, "ellipse", 24, 0.8), (1, 8, "ellipse", 28, 0.8), (6, 4, "rectangle", 30, 0.25),
+              (5, 40, "ellipse", 5, 1.0), (0, 4, "ellipse", 45, 1.6)]
+    for index, count, shape, radius, flat in things:
+        for depth in np.sort(rng.uniform(0, 1, count)):       # far things first, and smaller
+            x, y = rng.uniform(0, width), horizon + depth * (height - horizon)
+            s = radius * unit * (0.4 + 0.8 * depth) * rng.uniform(0.6, 1.4)
+            draw(shape, index, (x - s, y - s * flat, x + s, y + s * flat))
+    noisy = np.asarray(image) + rng.normal(0, 9, (height, width, 3))
+    ids = np.array([entry["id"] for entry in data.DESERT], np.uint16)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), ids[np.asarray(mask)]
+
+
+def write_scenes(root, train=32, val=8, width=960, height=540):
+    """Writes drawn scenes to `root` in the layout of the real set, with 16-bit masks of raw ids."""
+    for split, count, first_seed in (("train", train, 0), ("val", val, 10_000)):
+        for part in ("Color_Images", "Segmentation"):
+            (Path(root) / split / part).mkdir(parents=True, exist_ok=True)
+        for n in range(count):
+            image, mask = draw_scene(first_seed + n, width, height)
+            image.save(Path(root) / split / "Color_Images" / f"scene{n:04}.png")
+            Image.fromarray(mask).save(Path(root) / split / "Segmentation" / f"scene{n:04}.png")
+
+
+# ------------------------------------------------------------ flags, checks, the command
+def parse_alpha(value):
+    """"0.3:0.7" -> (0.3, 0.7); "0.5" -> (0.5, 0.5)."""
+    try:
+        ends = [float(v) for v in value.split(":")]
+    except ValueError:
+        ends = []
+    if len(ends) not in (1, 2) or not all(0 <= v <= 1 for v in ends):
+        raise InputError(f"--alpha {value}: give START:END or one number, each in 0..1, such as 0.3:0.7")
+    return ends[0], ends[-1]
+
+
+def needs_teachers(args):
+    """Whether any term of the loss asks the teachers; if none does, they are not even loaded."""
+    return bool(args.feature or args.attention) or (max(args.alpha) > 0 and bool(args.kl or args.cwd))
 
 
 def check_flags(args):
     """What argparse cannot see, before anything is read."""
     if args.teacher_weights not in ("equal", "auto"):
-        evaluate.parse_weights(args.teacher_weights, len(args.teachers or TEACHERS))
+        parse_weights(args.teacher_weights, len(args.teachers or TEACHER_FILES))
     if args.cache_teachers and (args.feature or args.attention):
-        raise data.Fault("--cache-teachers keeps the teachers' logits only; --feature and --attention need the teachers themselves, "
-                         "leave it out")
-    if args.bench and (args.feature or args.attention):
-        raise data.Fault("--bench times the logit signals; leave --feature and --attention out")
+        raise InputError("--cache-teachers keeps the teachers' logits only; --feature and --attention need "
+                         "the teachers themselves, leave it out")
+    if not args.demo:
+        data.find_data(args.data)  # what a beginner lacks first; the message names --demo
 
 
-@data.command
+def make_parser():
+    number = data.number
+    parser = data.Parser(__doc__, "python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
+    group = add_model_flags(parser, "segformer-b1")
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH",
+                       help="the student's first weights; teacher: embeddings, norms and an even choice of a "
+                       "SegFormer teacher's blocks")
+    group.add_argument("--teachers", nargs="+", metavar="CKPT",
+                       help="their checkpoints; without it, deep_lab.pth and best_model.pth in --out")
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--T", type=number(float, 1e-3, 1000), default=2.0,
+                       help="temperature of the soft loss (Hinton et al. 2015)")
+    group.add_argument("--alpha", type=parse_alpha, default="0.3:0.7", metavar="START:END",
+                       help="share of the soft losses over the run; 0:0 disables them")
+    group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto",
+                       help="in the ensemble; auto: by class, from their validation IoU")
+    group.add_argument("--average", choices=["logits", "probs"], default="logits",
+                       help="what the ensemble averages")
+    group.add_argument("--kl", type=number(float, 0, 1e6), default=1.0,
+                       help="weight of KL, the loss per pixel")
+    group.add_argument("--cwd", type=number(float, 0, 1e6), default=0.0,
+                       help="weight of the channel-wise loss, at temperature 4 (Shu et al. 2021)")
+    group.add_argument("--feature", type=number(float, 0, 1e6), default=0.0,
+                       help="weight of the loss between stage features (Romero et al. 2015)")
+    group.add_argument("--attention", type=number(float, 0, 1e6), default=0.0,
+                       help="weight of attention transfer (Zagoruyko and Komodakis 2017)")
+    group.add_argument("--cache-teachers", action="store_true",
+                       help="teachers see each whole image once; their maps are warped like the crops")
+    train_teacher.add_train_flags(parser)
+    group = parser.add_argument_group("instead of a run")
+    group.add_argument("--demo", action="store_true",
+                       help="draw scenes and train all three networks in miniature, with settings of its own")
+    return parser
+
+
 def main(argv=()):
     args = make_parser().parse_args(argv)
     check_flags(args)
     if args.demo:
         return demo(args)
-    if args.bench:
-        return bench(args)
-    data.find_data(args.data)                                 # a beginner lacks this first, and the message knows --demo
-    with processes(args.device) as world:
-        digests, loaded = load_teachers(args) if needs_teachers(args) or args.init == "teacher" else ([], [])
+    with join_processes(args.device) as world:
+        digests, teachers = [], []
+        if needs_teachers(args) or args.init == "teacher":
+            digests, teachers = load_teachers(args)
         train, val, class_weight = open_data(args, world)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
-        run = open_run(name, args, world, train, val, digests)                       # before the cache: a refused run changes nothing
+        state = State.load(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
         if args.init == "teacher":
-            start_from_teacher(student, [model for model, _ in loaded])
-        teach, adapters = (None, None) if run.done or not needs_teachers(args) else \
-            make_teach(args, world, train, student, digests, loaded)
-        return fit(student, run, make_loss(args, class_weight, teach, adapters), train, val, args, world, class_weight, adapters)
-
-
-# ---------------------------------------------------------------------------------------------- the demo
-def demo(args):
-    """Scenes, both teachers, the student, the comparison and an overlay, offline and small."""
-    out = Path("outputs/demo" if args.out == "outputs" else args.out)
-    steps = args.steps or 60
-    print(f"demo: draws 40 desert scenes, trains DeepLabV3+ and SegFormer-B3 for {steps} steps each at 96 pixels, distils SegFormer-B1,\n"
-          f"compares the three and labels a scene; about three minutes on two cores, everything goes to {out}. Scores mean nothing here:\n"
-          "the scenes are drawn and the networks start from random weights.", flush=True)
-    if not (out / "data").is_dir():
-        data.write_scenes(out / "drawing", train=32, val=8, width=480, height=270)
-        (out / "drawing").rename(out / "data")                # whole or not at all
-    where = ["--data", str(out / "data"), "--out", str(out), "--device", args.device, "--amp", args.amp]
-    common = [*where, "--init", "random", "--size", "96", "--steps", str(steps), "--lr", "1e-3", "--batch-size", "4",
-              "--eval-every", "4", "--class-weights", "sqrt", "--seed", str(args.seed), *["--overwrite"] * args.overwrite]
-    train_teacher.main(["--arch", "deeplab", *common])
-    train_teacher.main(["--arch", "segformer", *common])
-    student, history = main(["--T", str(args.T), "--alpha", "{}:{}".format(*args.alpha), *common])
-    checkpoints = [str(out / name) for name in (*TEACHERS, "best_student.pth")]
-    evaluate.main([*checkpoints, *where, "--workers", "0"])
-    path = min((out / "data" / "val" / "Color_Images").iterdir())
-    image, (model, meta) = data.read_image(path), load_model(checkpoints[-1])
-    labels = predict(model, data.whole_image(image, meta["size"]), image.size[::-1])[0].numpy()
-    data.save_image(out / "overlay.png", data.overlay(image, labels, meta["classes"]))
-    print(f"\nlook at {out / 'overlay.png'} and {out / 'training_curves.png'}")
-    return student, history
-
-
-# ---------------------------------------------------------------------------------------------- the bench
-def original_step(device, dtype, batch, class_weight, classes):
-    """The step of the notebook that this project replaces, as a function to time: torchvision's DeepLabV3 at output
-    stride 8 and transformers' SegFormers as they come, fp32 off a GPU, every map of logits brought to full size."""
-    deeplab = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=len(classes))
-    teacher, student = (SegformerForSemanticSegmentation(build(arch, classes).config) for arch in ("segformer-b3", "segformer-b1"))
-    deeplab, teacher, student = deeplab.to(device).eval(), teacher.to(device).eval(), student.to(device).train()
-    optimizer = torch.optim.AdamW(student.parameters(), 6e-5)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    dtype = dtype if device.type == "cuda" else None
-
-    def full(z):
-        return F.interpolate(z.float(), batch.mask.shape[1:], mode="bilinear", align_corners=False)
-
-    def step():
-        with autocast(device, dtype):
-            with torch.no_grad():
-                z_t = 0.5 * full(deeplab(batch.image)["out"]) + 0.5 * full(teacher(batch.image).logits)
-            z_s = full(student(batch.image).logits)
-            soft = F.kl_div((z_s / 2).log_softmax(1), (z_t / 2).softmax(1), reduction="none").sum(1).mean() * 4
-            loss = 0.5 * soft + 0.5 * F.cross_entropy(z_s, batch.mask, class_weight, ignore_index=255)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return loss.item()
-    return step
-
-
-def bench_pieces(args, world, pairs, folder):
-    """{piece of a training step: a call that does it once}, all on one batch; "bare" is a network with nothing around it."""
-    device, classes, dtype = world.device, pairs.classes, amp_dtype(args.amp, world.device)
-    crops = data.Crops(pairs, args.size, args.seed)
-    batch: data.Batch = data.collate([crops[0, n, n] for n in range(args.batch_size)])
-    ready, class_weight = data.to_device(batch, device), data.class_weights(pairs.counts).to(device)
-    frozen = {arch: freeze(build(arch, classes).to(device), arch, dtype) for arch in ("deeplab", "segformer-b3")}
-    teachers = Ensemble(list(frozen.values()), torch.ones(2), args.average).to(device)
-    compiled = torch.compile if args.compile else lambda network: network
-    answer, bare = compiled(teachers), {arch: compiled(network) for arch, network in frozen.items()}
-    cache = Cache(folder, {"bench": 0}, pairs, args.size)
-    cache.build(teachers, world, dtype, 0)
-
-    def student(teach):
-        return train_teacher.make_job(build("segformer-b1", classes), "segformer-b1", make_loss(args, class_weight, teach), class_weight,
-                                      world, dtype, args.lr, args.seed, compiled=args.compile)
-
-    def whole_step(teach):
-        job, sums = student(teach), {}
-        return lambda: train_teacher.train_step(job, [batch], 1, 100, sums)
-
-    def bare_teacher(network):
-        with torch.no_grad(), autocast(device, dtype):
-            return network(ready.image)
-
-    job, fixed = student(None), bare_teacher(teachers)
-
-    def bare_student():
-        with autocast(device, dtype):
-            z = job.forward(ready.image)
-            loss = 0.5 * soft_loss(z, fixed, ready.mask, 2.0)[0] + 0.5 * hard_loss(z, ready.mask, class_weight)
-        job.scaler.scale(loss).backward()
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-        job.optimizer.zero_grad(set_to_none=True)
-
-    return {"step online": whole_step(lambda b: (answer(b.image), [])), "step cached": whole_step(lambda b: (cache.crops(b), [])),
-            "student alone": whole_step(None), "bare student": bare_student,
-            **{f"bare {arch}": lambda network=network: bare_teacher(network) for arch, network in bare.items()},
-            "original step": original_step(device, dtype, ready, class_weight, classes)}
-
-
-def bench(args):
-    """Prints what each piece of a step costs on this device, interleaved, and the ratios that matter. Needs no data."""
-    torch.manual_seed(args.seed)
-    with tempfile.TemporaryDirectory() as folder, processes(args.device) as world:
-        device = world.device
-        data.write_scenes(folder, train=max(8, args.batch_size), val=1)
-        pairs = data.Pairs(folder, "train", data.load_classes())
-        calls, rng = bench_pieces(args, world, pairs, Path(folder)), np.random.default_rng(args.seed)
-        files = {"decode a pair": lambda: (data.read_image(pairs.pairs[0][0]), data.read_mask(pairs.pairs[0][1])),
-                 "loader, a pair": lambda: pairs.crop(0, args.size, data.draw_affine(rng, *pairs.sizes[0], args.size))}
-        calls["step online"]()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        calls["step online"]()
-        memory = train_teacher.peak_memory(device) / 1024
-        times = evaluate.time_interleaved(list(calls.values()), device, seconds=8 if device.type == "cpu" else 3)
-        times += evaluate.time_interleaved(list(files.values()), device, seconds=2)
-    pieces = dict(zip((*calls, *files), times, strict=True))
-    print(f"{evaluate.describe_device(device, amp_dtype(args.amp, device))}, {args.batch_size} crops of {args.size}x{args.size}"
-          f"{', compiled' if args.compile else ''}, torch {torch.__version__}\n")
-    evaluate.print_columns([["piece", "median ms", "lowest", "highest"],
-                            *([piece, *(f"{v:.1f}" for v in row)] for piece, row in pieces.items())])
-    ms = {piece: median for piece, (median, _, _) in pieces.items()}
-    bare = sum(value for piece, value in ms.items() if piece.startswith("bare"))
-    ratios = {"original / online": (ms["original step"] / ms["step online"], ">= 3.5"),
-              "original / cached": (ms["original step"] / ms["step cached"], ">= 9"),
-              "online / bare pieces": (ms["step online"] / bare, "<= 1.05"),
-              "cached / student alone": (ms["step cached"] / ms["student alone"], "<= 1.25"),
-              "augmentation, ms a pair": (ms["loader, a pair"] - ms["decode a pair"], "<= 8")}
-    evaluate.print_columns([["ratio", "here", "aim"], *([what, f"{value:.2f}", aim] for what, (value, aim) in ratios.items())])
-    whose = "the GPU (aim: 12 at 512x512, batch 8)" if device.type == "cuda" else "the process"
-    print(f"peak memory until a step online: {memory:.2f} GiB of {whose}")
-    return {**ms, **{what: value for what, (value, _) in ratios.items()}}
+            start_from_teacher(student, [model for model, _ in teachers])
+        adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None
+        ask_teachers = None
+        if needs_teachers(args) and not state.done:           # a finished run needs no cache
+            ask_teachers = make_ask_teachers(args, world, train, digests, teachers)
+        prepare, loss_fn = make_prepare(world, class_weight, ask_teachers), make_loss(args, adapters)
+        return fit(student, state, prepare, loss_fn, train, val, args, world, adapters)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    data.run_command(main)

@@ -1,19 +1,17 @@
-"""Trains a teacher, or any of the networks alone; holds the only training loop of the project, fit().
+"""Trains a teacher, or any network alone; holds fit(), the project's only training loop.
 
     python train_teacher.py --arch deeplab                    # -> outputs/deep_lab.pth
     python train_teacher.py --arch segformer                  # -> outputs/best_model.pth
     torchrun --nproc-per-node=2 train_teacher.py --arch segformer
 
-The same command again goes on where the run last saved: after Ctrl-C at the very next step, after a crash or the end of
-a kernel's time some minutes back. Everything random is drawn from (seed, step), so a state holds weights, adapters,
-optimizer, scaler, step and sums, and the resumed run ends with the bits of the uninterrupted one (CPU, same threads).
+Rerun the same command to resume: after Ctrl-C at the next step, after a crash up to --save-minutes back.
+Everything random is drawn from (seed, step), so the saved state needs no random state, and a resumed run ends
+with the same bits as an uninterrupted one (on CPU, with as many threads).
 
-Measured on 203 real pairs at --size 128, from random weights, 60 epochs on one CPU core: DeepLabV3+ mIoU .380 in
-37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (README, "Ablation").
-"""
+Measured on 203 real pairs at --size 128 from random weights, 60 epochs on one CPU core in bf16: DeepLabV3+
+mIoU .380 in 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (.github/RESULTS.md). """
 import contextlib
 import copy
-import itertools
 import json
 import math
 import os
@@ -23,7 +21,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,165 +28,186 @@ import torch
 import torch.distributed as dist
 import torchvision
 import transformers
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import data
-from evaluate import TEACHER_NAMES, add_model_flags, describe_device, draw_curves, evaluate, pick_device, summary
-from losses import count_valid, hard_loss, sum_weights
-from models import amp_dtype, autocast, build, freeze, memory_format, read_file, save_model
+from data import InputError, RunError
+from evaluate import compute_scores, draw_curves, evaluate
+from losses import hard_loss, hard_weights
+from models import (
+    TEACHER_NAMES,
+    add_model_flags,
+    amp_dtype,
+    autocast,
+    build,
+    describe_device,
+    encoder_prefix,
+    memory_format,
+    optimize_for_inference,
+    pick_device,
+    read_file,
+    save_model,
+)
 
-COUNTERS = ("logits_clamped", "soft_clamped")    # parts that are counts over an epoch, not means
-CHECK_EVERY = 10                                        # steps between two looks at what lies on the device
-
-
-# ---------------------------------------------------------------------------------------------- flags
-def add_train_flags(parser):
-    """The flags that train_teacher.py and distill.py share."""
-    images = data.add_data_flags(parser)
-    images.add_argument("--size", type=data.side, default=512, help="side of a crop, shorter side of a whole image, pixels (512)")
-    images.add_argument("--workers", type=data.number(int, 0, 256), default=min(4, data.cores()),
-                        help="processes that read files (up to 4)")
-    images.add_argument("--rare-class-sampling", action="store_true", help="draw images that hold rare classes more often (DAFormer)")
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=data.number(int, 1), default=50, help="passes over the training pairs (50)")
-    train.add_argument("--steps", type=data.number(int, 1), metavar="N", help="steps in all, if fewer; the rate falls to 0 over them")
-    train.add_argument("--batch-size", type=data.number(int, 1), default=8, help="images a process and forward (8)")
-    train.add_argument("--accumulate", type=data.number(int, 1), default=1, metavar="N", help="forwards a step: for small GPUs (1)")
-    train.add_argument("--lr", type=data.number(float, 0, 1, open_low=True), default=6e-5,
-                       help="AdamW rate of the encoder, the head has ten times it (6e-5)")
-    train.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median", help="of the hard loss (median frequency)")
-    train.add_argument("--eval-every", type=data.number(int, 1), default=1, metavar="N", help="epochs between validations (1)")
-    train.add_argument("--seed", type=data.number(int, 0, 2**31), default=0, help="of weights, order and augmentation (0)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", metavar="DIR", default="outputs", help="checkpoints, log and curves (outputs)")
-    run.add_argument("--save-minutes", type=data.number(float, 0), default=10, help="minutes between two states on disk (10)")
-    run.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
-    run.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+COUNTERS = ("logits_clamped", "soft_clamped")  # parts of a loss that are counted over an epoch, not averaged
+CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
 
 
-# ---------------------------------------------------------------------------------------------- processes and signals
-class World(NamedTuple):
-    """This process among those that torchrun started."""
-    rank: int
-    size: int
-    device: torch.device
-    control: object = None                       # a gloo group for what the host decides, off the GPU's stream
+# ------------------------------------------------------------ the training loop
+def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
+    """Trains `model`; returns it with its last weights, in eval mode, and one record an epoch.
 
-    def say(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
+    state: from State.load
+    prepare: batch of the loader -> the batch on the device, with targets and pixel weights
+    loss_fn: (network, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress goes 0 -> 1
+    adapters: a module that is trained too but is no part of the checkpoint"""
+    device, dtype, started = world.device, amp_dtype(args.amp, world.device), time.time()
+    step_images = args.batch_size * args.accumulate * world.size
+    steps_per_epoch = len(train) // step_images
+    total = min(args.epochs * steps_per_epoch, args.steps or math.inf)
 
-    def agree(self, *values):
-        """The largest of each value over all processes."""
-        if self.size == 1:
-            return values
-        shared = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
-        return shared.tolist()
+    model, network = to_training(model, args, world, adapters)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.arch, args.lr, adapters), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    header = describe_run(model, args, train, val, world, dtype, total)
+    state.start(model, optimizer, scaler, adapters, header)
+    if state.done:
+        world.print(f"{state.name}: finished already, {state.result()}; --overwrite starts again")
+        return model.eval(), state.history
 
-    @contextlib.contextmanager
-    def first(self):
-        """The first process runs the block before the others do; where it fails, they end in silence."""
-        if self.rank > 0 and self.agree(0)[0]:
-            raise SystemExit(2)
-        failed = True
+    odds = data.sampling_odds(train.counts) if args.rare_class_sampling else None
+    order = data.BatchSampler(len(train), args.batch_size, args.seed, state.step, total, args.accumulate,
+                              world.rank, world.size, odds)
+    dataset = data.TrainDataset(train, args.size, args.seed)
+    loader = data.load(dataset, order, args.workers, device.type == "cuda")
+    clock, saved_at = Clock(device, step_images), time.monotonic()
+    nonfinite_in_a_row = torch.zeros((), device=device)
+    bar = tqdm(total=total, initial=state.step, desc=state.name, disable=world.rank > 0,
+               mininterval=data.bar_seconds())
+
+    def epoch_ends():
+        return state.step % steps_per_epoch == 0 or state.step == total
+
+    def end_epoch():
+        """Validates, records, and keeps the weights where they are the best so far."""
+        record = {"epoch": math.ceil(state.step / steps_per_epoch), "step": state.step,
+                  **epoch_means(state.sums, world), "lr": learning_rate(state.step - 1, total, args.lr),
+                  **clock.read()}
+        if record["loss"] is None and state.step == total:
+            raise RunError(f"{state.name}: none of the {record['skipped']:.0f} gradients of the last epoch "
+                           "was finite; lower --lr or the weights of the losses, or use --amp off or bf16. "
+                           "The last saved state is kept")
+        scores = None
+        if record["epoch"] % args.eval_every == 0 or state.step == total:
+            with signals.raised_at_once(world.size == 1):     # several processes must stop at the same step
+                scores = validate(model, val, args, world, dtype)
+        for key in ("miou", "miou_present", "pixel_accuracy", "iou"):
+            record[f"val_{key}"] = scores[key] if scores else None
+        state.record(record)
+        report(state, train.classes, bar)
+        clock.restart()
+
+    with Signals() as signals, bar, out_of_memory_error(args):
         try:
-            yield
-            failed = False
-        finally:
-            if self.rank == 0:
-                self.agree(failed)
+            if epoch_ends() and state.step > state.recorded_step():
+                end_epoch()                                   # the last command was stopped in its validation
+            while state.step < total:
+                rate = learning_rate(state.step, total, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["lr_factor"]
+                with clock.waiting():
+                    raw_batches = [next(loader) for _ in range(args.accumulate)]
+                batches = [prepare(batch) for batch in raw_batches]
+                normalize_weights(batches, world)
+                # kept, because a skipped step must leave no trace in BatchNorm either
+                buffers = [buffer.clone() for buffer in model.buffers()]
+
+                parts: dict = {}
+                for micro, batch in enumerate(batches):
+                    torch.manual_seed(data.seed_for("dropout", args.seed, state.step, micro, world.rank))
+                    with averaged_gradients(network, micro == args.accumulate - 1):
+                        with autocast(device, dtype):
+                            loss, own_parts = loss_fn(network, batch, state.step / max(1, total - 1))
+                        scaler.scale(loss / args.accumulate).backward()
+                    add_parts(parts, {"loss": loss, **own_parts}, args.accumulate)
+
+                scaler.unscale_(optimizer)
+                finite = nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
+                # fused AdamW skips the step where found_inf is 1: decided on the device, nothing waits for it
+                optimizer.found_inf = (~finite).float()
+                optimizer.step()
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(buffer.where(finite, before))
+                state.step += 1
+
+                add_to_sums(state.sums, parts, finite)
+                nonfinite_in_a_row = (nonfinite_in_a_row + 1).where(~finite, 0)
+                bar.update()
+                if state.step % CHECK_EVERY == 0:
+                    bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
+                    if nonfinite_in_a_row >= CHECK_EVERY:
+                        raise nonfinite_error(state, parts, raw_batches, train)
+                stop, save = world.max(signals.number, time.monotonic() - saved_at > 60 * args.save_minutes)
+                if stop:
+                    raise Interrupt(stop)
+                if epoch_ends():
+                    end_epoch()
+                if save:
+                    state.save()
+                    saved_at = time.monotonic()
+        except Interrupt as interrupt:
+            state.save()
+            raise Stopped(f"{state.name}: stopped after step {state.step} of {total}, state saved in "
+                          f"{state.last_path}. Rerun the same command to resume", interrupt.number) from None
+        state.done = True
+        state.save()
+    world.print(f"{state.name}: {state.result()}, {(time.time() - started) / 60:.1f} minutes; "
+                f"{state.best_path} holds the best weights, {state.last_path} the last")
+    if signals.number:
+        raise Stopped(f"{state.name}: stopped, after it had finished", signals.number)
+    return model.eval(), state.history
 
 
-@contextlib.contextmanager
-def processes(device):
-    """Joins the processes that torchrun started, nccl on GPUs and gloo elsewhere; yields this one's World."""
-    device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", "1"))
-    torch.backends.cudnn.benchmark = True                     # crops have one size
-    if size == 1:
-        yield World(0, 1, device)
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
-    finally:
-        dist.destroy_process_group()
-
-
-class Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one stops at once. Handlers only in the main thread."""
-
-    def __init__(self):
-        self.number, self.previous = 0, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
-                self.previous[which] = signal.signal(which, self.take)
-        return self
-
-    def take(self, which, frame):
-        self.number = which
-        os.write(2, b"\nstopping after this step; once more ends it at once, without saving\n")
-        for each in self.previous:
-            signal.signal(each, signal.SIG_DFL)
-
-    def __exit__(self, *error):
-        for which, handler in self.previous.items():
-            signal.signal(which, handler)
-
-
-# ---------------------------------------------------------------------------------------------- pure schedules
 def learning_rate(step, total, peak):
-    """Linear warm-up over a twentieth of the run (at most 1500 steps), then polynomial decay of power 1 (SegFormer)."""
-    warm = min(1500, max(1, total // 20))
-    return peak * min(1.0, (step + 1) / warm) * (1 - step / total)
+    """Linear warm-up over a twentieth of the run (at most 1500 steps), then linear decay to 0 (SegFormer)."""
+    warmup = min(1500, max(1, total // 20))
+    return peak * min(1.0, (step + 1) / warmup) * (1 - step / total)
 
 
 def parameter_groups(model, arch, lr, adapters=None):
-    """AdamW groups: head (and adapters) at ten times the encoder's rate, no decay on norms and biases."""
-    encoder = "backbone." if arch == "deeplab" else "segformer."
-    groups = {(peak, decay): [] for peak in (lr, 10 * lr) for decay in (0.0, 0.01)}
-    for name, parameter in (*model.named_parameters(), *(adapters.named_parameters() if adapters else ())):
-        groups[lr if name.startswith(encoder) else 10 * lr, 0.01 if parameter.ndim > 1 else 0.0].append(parameter)
-    return [{"params": params, "peak": peak, "weight_decay": decay} for (peak, decay), params in groups.items() if params]
+    """AdamW groups: head and adapters at ten times the encoder's rate, no decay on norms and biases."""
+    named = [*model.named_parameters(), *(adapters.named_parameters() if adapters is not None else ())]
+    groups: dict = {}
+    for name, parameter in named:
+        key = 1 if name.startswith(encoder_prefix(arch)) else 10, 0.01 if parameter.ndim > 1 else 0.0
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": group, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
+            for (factor, decay), group in sorted(groups.items())]
 
 
-# ---------------------------------------------------------------------------------------------- one step
-class Job(NamedTuple):
-    """What a training step works on."""
-    model: torch.nn.Module
-    forward: torch.nn.Module                     # the model, or it in DistributedDataParallel, or compiled
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    loss: Callable                               # loss(forward, batch, progress) -> (0-d loss, {part: 0-d tensor or number})
-    class_weight: torch.Tensor                   # (C,)
-    world: World
-    dtype: torch.dtype | None
-    seed: int
-
-
-def make_job(model, arch, loss, class_weight, world, dtype, lr, seed, adapters=None, compiled=False):
-    """Puts a network and its adapters on the device, with their optimizer, as fit() and the bench use them."""
-    model.to(world.device, memory_format=memory_format(arch)).train()
+def to_training(model, args, world, adapters=None):
+    """(model, network): the model on the device, in training mode, and what the loss calls, which is the
+    model itself, or wrapped in DistributedDataParallel, or compiled."""
+    model.to(world.device, memory_format=memory_format(args.arch)).train()
     if adapters is not None:
         adapters.to(world.device).train()
-    forward = model
+    network = model
     if world.size > 1:
         gpu = world.device.type == "cuda"
-        warnings.filterwarnings("ignore", "Grad strides do not match")               # of 1x1 convolutions, for which both orders are one
-        warnings.filterwarnings("ignore", ".*broadcast_buffers")                     # renamed in torch 2.15, which older ones do not know
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
-        forward = DistributedDataParallel(model, [world.device.index] if gpu else None, broadcast_buffers=False)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
+        devices = [world.device.index] if gpu else None
+        network = DistributedDataParallel(model, devices, broadcast_buffers=False)
         for parameter in adapters.parameters() if adapters is not None else ():
             parameter.register_hook(average_over_processes)
-    optimizer = torch.optim.AdamW(parameter_groups(model, arch, lr, adapters), fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    return Job(model, torch.compile(forward) if compiled else forward, optimizer, scaler, loss, class_weight, world, dtype, seed)
+    if args.compile:
+        world.print("--compile: the first step takes minutes (2 for SegFormer-B0 on one core)")
+        network = torch.compile(network)
+    return model, network
 
 
 def average_over_processes(gradient):
@@ -198,383 +216,492 @@ def average_over_processes(gradient):
     return gradient / dist.get_world_size()
 
 
-def backward(job, batches, step, progress):
-    """Gradients of one step from its micro-batches; returns {"loss": ..., parts of the loss} as 0-d tensors on the device.
+def averaged_gradients(network, last):
+    """DistributedDataParallel averages over processes in the last backward of a step, not in each."""
+    return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()
 
-    What the losses are divided by is summed over micro-batches and processes first: two half batches, or two
+
+def normalize_weights(batches, world):
+    """Scales each kind of pixel weights in place, so that over the micro-batches and processes of the step
+    its sum is 1 on average.
+
+    A loss that sums over weighted pixels is then a mean over the whole step: two half batches, or two
     processes with half a batch each, give the gradient of the whole."""
-    world = job.world
-    batches = [data.to_device(batch, world.device) for batch in batches]
-    norms = torch.stack([sum(sum_weights(b.mask, job.class_weight) for b in batches), sum(count_valid(b.mask) for b in batches).float()])
+    names = sorted(batches[0].weights)
+    sums = torch.stack([sum(batch.weights[name].sum() for batch in batches) for name in names])
     if world.size > 1:
-        dist.all_reduce(norms)
-        norms /= world.size                                   # DistributedDataParallel takes the mean of gradients
-    total: dict = {}
-    for n, batch in enumerate(batches):
-        batch = batch._replace(weight_sum=norms[0], valid=norms[1], share=1 / len(batches))
-        torch.manual_seed(hash((job.seed, step, n, world.rank)) & (2**63 - 1))       # dropout: nothing to store
-        last = world.size == 1 or n == len(batches) - 1
-        with contextlib.nullcontext() if last else job.forward.no_sync():
-            with autocast(world.device, job.dtype):
-                loss, parts = job.loss(job.forward, batch, progress)
-            job.scaler.scale(loss).backward()
-        for name, part in {"loss": loss, **parts}.items():
-            part = part.detach() if isinstance(part, torch.Tensor) else part / len(batches)
-            total[name] = total.get(name, 0) + part
-    return total
+        dist.all_reduce(sums)
+    averages = (sums / (len(batches) * world.size)).clamp(min=1e-8)
+    for batch in batches:
+        for name, average in zip(names, averages, strict=True):
+            batch.weights[name] = batch.weights[name] / average
 
 
-def update(job, buffers):
-    """Clips, then one optimizer step that a gradient norm which is not finite suppresses, all on the device.
-
-    `buffers`: copies of BatchNorm's from before the step, put back in that case. Returns whether it was finite."""
-    optimizer = job.optimizer
-    job.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    finite = norm.isfinite()
-    optimizer.found_inf = (~finite).float()                   # read by the fused AdamW kernel
-    optimizer.step()
-    job.scaler.update()
-    for buffer, old in zip(job.model.buffers(), buffers, strict=True):
-        buffer.copy_(old.where(~finite, buffer))
-    optimizer.zero_grad(set_to_none=True)
-    return finite
+@torch.no_grad()
+def validate(model, val, args, world, dtype):
+    """The scores of the present weights on the validation split."""
+    if world.size > 1:                                        # BatchNorm's buffers differ on CPU
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    frozen = optimize_for_inference(copy.deepcopy(model), args.arch, dtype)
+    indices = range(world.rank, len(val), world.size)
+    return compute_scores(evaluate(frozen, val, args.size, dtype, args.workers, indices), val.classes)
 
 
-def train_step(job, batches, step, total, sums):
-    """One step, and its figures added to `sums` on the device. Returns (parts of the loss, whether it was finite)."""
-    for group in job.optimizer.param_groups:
-        group["lr"] = learning_rate(step, total, group["peak"])
-    buffers = [buffer.clone() for buffer in job.model.buffers()]
-    parts = backward(job, batches, step, step / max(1, total - 1))
-    finite = update(job, buffers)
-    exact = torch.float32 if job.world.device.type == "mps" else torch.float64
-    values = torch.stack([v.to(exact) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=exact, device=finite.device)
-                          for v in parts.values()])
-    values = torch.cat([values.where(finite, 0), torch.stack([finite, ~finite]).to(exact)])
-    sums.update(names=[*parts, "steps", "skipped"], values=sums.get("values", 0) + values)
-    return parts, finite
+# ------------------------------------------------------------ figures of an epoch
+def add_parts(parts, own, micro_batches):
+    """Adds a micro-batch's loss and parts to those of the step: means, but for counters."""
+    for name, value in own.items():
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        parts[name] = parts.get(name, 0) + (value if name in COUNTERS else value / micro_batches)
 
 
-# ---------------------------------------------------------------------------------------------- a run and its state
-class Run(NamedTuple):
-    """Where a run writes, what tells it from other runs, and how far it had come."""
-    name: str
-    best: Path                                   # the checkpoint with the highest validation mIoU
-    last: Path                                   # the last weights, with all that the run goes on from
-    settings: dict
-    state: dict | None                           # what `last` held when the command began
-
-    @property
-    def done(self):
-        return self.state is not None and self.state["training"]["done"]
-
-
-def open_run(name, args, world, train, val, teachers=()):
-    """Finds out whether the command begins a run or goes on with one; a Fault if `last` is of a run with other settings."""
-    best, last = Path(args.out) / f"{name}.pth", Path(args.out) / "checkpoints" / f"{name}.pth"
-    settings = {key: value for key, value in vars(args).items()
-                if key not in ("out", "overwrite", "save_minutes", "workers", "demo", "bench")}
-    settings |= {"masks": train.form, "classes": train.classes, "data": (train.digest, val.digest), "teachers": teachers,
-                 "device": world.device.type, "amp": str(amp_dtype(args.amp, world.device)), "processes": world.size,
-                 "transformers": transformers.__version__.split(".")[0]}             # its major version orders the parameters
-    return Run(name, best, last, settings, None if args.overwrite else find_state(last, best, settings))
-
-
-def find_state(path, best, settings):
-    """The state that an earlier run with the same settings left in `path`, or None; a Fault if its settings were others."""
-    if not path.exists():
-        if best.exists():
-            raise data.Fault(f"{best}: exists, but no state of its run; --overwrite replaces it, --out DIR keeps it")
-        return None
-    try:
-        state = read_file(path)
-        old, new = as_json(state["training"]["settings"]), as_json(settings)
-    except (data.Fault, KeyError, TypeError):
-        raise data.Fault(f"{path}: is damaged or no state of a run; --overwrite starts afresh, --out DIR keeps it") from None
-    other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    if other:
-        unsaid = {"data": "other pairs or labels", "classes": "another table", "teachers": "other weights"}
-        names = ", ".join(("" if key in ("processes", "data", "transformers") else "--") + key.replace("_", "-") + " ("
-                          + (unsaid.get(key) or f"was {str(old.get(key))[:40]}, now {str(new.get(key))[:40]}") + ")" for key in other)
-        raise data.Fault(f"{path}: belongs to a run with other settings: {names}; --overwrite starts afresh, --out DIR keeps both")
-    if state["training"]["done"] and not best.exists():
-        raise data.Fault(f"{best}: is gone, though its run has finished; {path} holds the last weights, --overwrite trains again")
-    return state
-
-
-def restore(job, state, adapters):
-    """Puts a state's weights, moments and scaler back; returns its sums, which only the first process holds."""
-    training, world = state["training"], job.world
-    job.model.load_state_dict(state["model_state_dict"])
-    if not training["done"]:
-        job.optimizer.load_state_dict(training["optimizer"])
-        job.scaler.load_state_dict(training["scaler"])
-        if adapters is not None:
-            adapters.load_state_dict(training["adapters"])
-    if not training["sums"]:
-        return {}
-    values = training["sums"]["values"].to(world.device)
-    return {"names": training["sums"]["names"], "values": values if world.rank == 0 else torch.zeros_like(values)}
-
-
-def as_json(value):
-    """Tuples and paths as JSON has them, so that a stored value compares equal to a fresh one."""
-    return json.loads(json.dumps(value, default=str))
-
-
-# ---------------------------------------------------------------------------------------------- the loop
-def fit(model, run, loss, train, val, args, world, class_weight, adapters=None):
-    """Trains `model`; returns it with its last weights, in eval mode, and the epoch records.
-
-    loss(forward, batch, progress): see Job; progress runs 0 -> 1. adapters: a module that trains along and is no part of
-    the checkpoint."""
-    name, device, started = run.name, world.device, time.time()
-    dtype = amp_dtype(args.amp, device)
-    global_batch = args.batch_size * args.accumulate * world.size
-    per_epoch = len(train) // global_batch
-    total = min(args.epochs * per_epoch, args.steps or math.inf)
-    job = make_job(model, args.arch, loss, class_weight, world, dtype, args.lr, args.seed, adapters, args.compile)
-    model = job.model
-
-    step, history, best, sums = 0, [], -1.0, {}
-    header = describe_run(name, args, model, train, val, world, dtype, total)
-    if run.state:
-        step, history, best, header = (run.state["training"][key] for key in ("step", "history", "best", "header"))
-        sums = restore(job, run.state, adapters)
-    write_log(run, world, header, history)
-    if run.done:
-        world.say(f"{name}: finished already, {score_line(history, best)}; --overwrite starts afresh")
-        return model.eval(), history
-    world.say(f"{name}: goes on after step {step} of {total}" if run.state else
-              f"{name}: {total} steps, {per_epoch} an epoch, batch {args.batch_size} x {args.accumulate} accumulated x {world.size} process(es) = "
-              f"{global_batch}, {header['run']['device']}")
-    if args.compile:
-        world.say(f"{name}: --compile, so the first step takes minutes (2 for SegFormer-B0 on one core)")
-
-    def save_state(done=False):
-        """Sums are added up over the processes; only the first one writes."""
-        summed = over_processes(sums, world)
-        if world.rank == 0:
-            training = {"step": step, "history": history, "best": best, "header": header, "sums": summed,
-                        "settings": run.settings, "done": done}
-            if not done:
-                training |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict(),
-                             "adapters": adapters.state_dict() if adapters is not None else {}}
-            save_model(run.last, model, args.arch, train.classes, **checkpoint_meta(), training=training)
-
-    def checkpoint_meta():
-        last = history[-1] if history else {}
-        return {"size": args.size, "image_size": list(train.sizes[0]), "epoch": last.get("epoch", 0), "val_miou": last.get("val_miou"),
-                "val_iou": last.get("val_iou") or {}, "args": as_json(vars(args))}
-
-    def validate():
-        """The scores of the present weights, or None if a signal came in between."""
-        if world.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        alone = world.size == 1                               # several processes agree at the loop's head instead
-        numbers = itertools.takewhile(lambda n: not (alone and signals.number), range(world.rank, len(val), world.size))
-        matrix = evaluate(freeze(copy.deepcopy(model), args.arch, dtype), val, args.size, dtype, args.workers, numbers)
-        return None if alone and signals.number else summary(matrix, val.classes)
-
-    if not run.state:
-        save_state()                                          # so that what is killed from here on can be resumed
-    odds = data.sampling_weights(train.counts) if args.rare_class_sampling else None
-    order = data.BatchSampler(len(train), args.batch_size, args.seed, step, total, args.accumulate, world.rank, world.size, odds)
-    batches = data.loader(data.Crops(train, args.size, args.seed), args.workers, device.type == "cuda", order)
-    bar = tqdm(total=total, initial=step, desc=name, disable=world.rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    nonfinite, saved = torch.zeros((), device=device), time.monotonic()
-    waited, epoch_start, timed_from = 0.0, time.perf_counter(), step
-    with Signals() as signals, bar, out_of_memory(args):
-        while True:
-            stop, save = world.agree(signals.number, time.monotonic() - saved > 60 * args.save_minutes)
-            recorded = step == (history[-1]["step"] if history else 0)
-            if not (stop or recorded) and (step % per_epoch == 0 or step == total):
-                epoch = math.ceil(step / per_epoch)
-                due = epoch % args.eval_every == 0 or step == total
-                figures = means(sums, world)
-                if step == total and figures["loss"] is None:
-                    raise data.Fault(f"{name}: none of the {figures['skipped']:.0f} gradients of the last epoch was finite; lower --lr or "
-                                     "the weights of the losses, or use --amp off or bf16; the last state is kept", status=1)
-                speed = timings((step - timed_from) * global_batch, device, epoch_start, waited)
-                scores = validate() if due else None
-                if due and scores is None:
-                    continue                                  # a signal came in between
-                history.append({"epoch": epoch, "step": step, **figures, "lr": learning_rate(step - 1, total, args.lr), **speed,
-                                **{f"val_{key}": scores and scores[key] for key in ("miou", "miou_present", "pixel_accuracy", "iou")}})
-                if scores and scores["miou"] > best:
-                    best = scores["miou"]
-                    if world.rank == 0:
-                        save_model(run.best, model, args.arch, train.classes, **checkpoint_meta())
-                report(run, world, header, history, train.classes, bar)
-                sums, waited, epoch_start, timed_from = {}, 0.0, time.perf_counter(), step
-            if stop:
-                save_state()
-                raise data.Fault(f"{name}: stopped after step {step} of {total}, state in {run.last}; the same command goes on", 128 + stop)
-            if step == total:
-                break
-            if save:
-                save_state()
-                saved = time.monotonic()
-
-            clock = time.perf_counter()
-            micro = [next(batches) for _ in range(args.accumulate)]
-            waited += time.perf_counter() - clock
-            parts, finite = train_step(job, micro, step, total, sums)
-            nonfinite = (nonfinite + 1).where(~finite, 0)
-            step += 1
-            bar.update()
-            if step % CHECK_EVERY == 0:
-                bar.set_postfix(loss=f"{float(parts['loss']):.3f}", refresh=False)
-                if nonfinite >= CHECK_EVERY:
-                    raise nonfinite_fault(run, step, parts, micro, train)
-        save_state(done=True)
-    world.say(f"{name}: {score_line(history, best)}, {(time.time() - started) / 60:.1f} minutes; "
-              f"{run.best} holds the best, {run.last} the last")
-    if signals.number:
-        raise data.Fault(f"{name}: stopped, after it had finished", 128 + signals.number)
-    return model.eval(), history
-
-
-# ---------------------------------------------------------------------------------------------- what can go wrong
-def check_batch(args, pairs, world):
-    if args.arch == "deeplab" and args.batch_size < 2:
-        raise data.Fault("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images a forward")
-    images = args.batch_size * args.accumulate * world.size
-    if images > pairs:
-        raise data.Fault(f"--batch-size {args.batch_size}: a step takes {images} images "
-                         f"(x --accumulate x processes), the training split holds {pairs}; lower it")
-
-
-@contextlib.contextmanager
-def out_of_memory(args):
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise data.Fault(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them and raise --accumulate (now "
-                         f"{args.accumulate}) to keep the batch, what was saved is kept", status=1) from None
-
-
-def nonfinite_fault(run, step, parts, micro, train):
-    values = ", ".join(f"{key} {float(value):.4g}" for key, value in parts.items())
-    files = " ".join(train.pairs[n][0].name for batch in micro for n in batch.pair.tolist())
-    return data.Fault(f"{run.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at step {step} ({values}; "
-                      f"images {files}); lower --lr or use --amp off or bf16, the last good state is kept in {run.last}", status=1)
-
-
-# ---------------------------------------------------------------------------------------------- records
-def describe_run(name, args, model, train, val, world, dtype, total):
-    return {"run": {"name": name, "args": as_json(vars(args)), "steps": total, "processes": world.size,
-                    "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                                 "torchvision": str(torchvision.__version__), "transformers": transformers.__version__},
-                    "device": describe_device(world.device, dtype), "machine": platform.machine(),
-                    "parameters": sum(p.numel() for p in model.parameters()), "pairs": [len(train), len(val)],
-                    "size": args.size, "image_size": list(train.sizes[0]), "classes": [c["name"] for c in train.classes]}}
+def add_to_sums(sums, parts, finite):
+    """Adds a step to the epoch's {name: 0-d tensor}, which stay on the device. Skipped steps count as
+    such."""
+    exact = torch.float32 if finite.device.type == "mps" else torch.float64
+    for name, value in {**parts, "steps": 1, "skipped": 0}.items():
+        if not isinstance(value, torch.Tensor):
+            value = torch.full((), value, device=finite.device)
+        value = value.to(exact).where(finite, 1 if name == "skipped" else 0)
+        sums[name] = sums.get(name, 0) + value
 
 
 def over_processes(sums, world):
+    """The sums of all processes."""
     if world.size == 1 or not sums:
         return sums
-    values = sums["values"].clone()
+    values = torch.stack(list(sums.values()))
     dist.all_reduce(values)
-    return {"names": sums["names"], "values": values}
+    return dict(zip(sums, values, strict=True))
 
 
-def means(sums, world):
-    """Sums over an epoch's steps -> means over those that were not suppressed; counters stay sums."""
-    summed = over_processes(sums, world)
-    values = dict(zip(summed["names"], summed["values"].tolist(), strict=True))
-    steps = values.pop("steps")
-    counts = {key: values.pop(key) for key in ("skipped", *COUNTERS) if key in values}
-    counts["skipped"] /= world.size                           # every process skips the same steps
-    return {"alpha": 0.0, **{key: value / steps if steps else None for key, value in values.items()}, **counts}
+def epoch_means(sums, world):
+    """{name: number} of an epoch: means over the steps that were not skipped; counters stay sums."""
+    sums = {name: float(value) for name, value in over_processes(sums, world).items()}
+    steps, skipped = sums.pop("steps"), sums.pop("skipped") / world.size
+    means: dict = {"alpha": 0.0}
+    for name, value in sums.items():
+        means[name] = value if name in COUNTERS else value / steps if steps else None
+    return {**means, "skipped": skipped}
 
 
-def timings(images, device, since, waited):
-    """Of training since the epoch began or the run went on; the only figures that a resumed run may differ in. Images are
-    counted over all processes, waiting for data and memory of this one."""
-    seconds = time.perf_counter() - since
-    return {"images_per_s": images / seconds if images else None, "wait_s": waited, "seconds": seconds, "peak_memory_mib": peak_memory(device)}
+class Clock:
+    """Times an epoch's training, without its validation: the only figures in which a resumed run may
+    differ."""
+
+    def __init__(self, device, step_images):
+        self.device, self.step_images = device, step_images
+        self.restart()
+
+    def restart(self):
+        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around the wait for the loader, once a step."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+        self.steps += 1
+
+    def read(self):
+        seconds = time.perf_counter() - self.start
+        return {"images_per_s": self.steps * self.step_images / seconds if self.steps else None,
+                "wait_s": self.waited, "seconds": seconds, "peak_memory_mib": peak_memory(self.device)}
 
 
 def peak_memory(device):
-    """MiB: what torch took on a GPU at most, elsewhere what the whole process did."""
+    """MiB: what torch took on a GPU at most, elsewhere what the process did; None where it cannot be
+    known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    try:
+        import resource
+    except ModuleNotFoundError:                               # Windows
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def score_line(history, best):
-    return f"last mIoU {history[-1]['val_miou']:.4f}, best {best:.4f}"
+# ------------------------------------------------------------ the state of a run
+class State:
+    """How far a run has come, and the files it writes; start() gives it what is trained.
+
+    best_path: checkpoint with the highest validation mIoU; last_path: checkpoint with the last weights and
+    all that resuming needs; settings: everything that would change the result, equal in a resumed run."""
+
+    def __init__(self, name, args, world, train, val, teachers=()):
+        self.name, self.world = name, world
+        self.best_path = Path(args.out) / f"{name}.pth"
+        self.last_path = Path(args.out) / "checkpoints" / f"{name}.pth"
+        irrelevant = ("out", "overwrite", "save_minutes", "workers", "demo")
+        settings = {key: value for key, value in vars(args).items() if key not in irrelevant}
+        settings.update(masks=train.label_format, classes=train.classes, data=(train.digest, val.digest),
+                        teachers=teachers, device=world.device.type, processes=world.size,
+                        amp=str(amp_dtype(args.amp, world.device)),
+                        transformers=transformers.__version__.split(".")[0])  # it orders the parameters
+        self.settings = as_json(settings)
+        self.meta = {"arch": args.arch, "classes": train.classes, "size": args.size,
+                     "image_size": list(train.sizes[0]), "args": as_json(vars(args))}
+        self.step, self.best, self.done = 0, -1.0, False
+        self.history: list[dict] = []                         # one record an epoch
+        self.sums: dict = {}                                  # of the present epoch, see add_to_sums
+        self.header: dict = {}                                # the first line of the log
+
+    @classmethod
+    def load(cls, name, args, world, train, val, teachers=()):
+        """What the same command left behind, or a fresh state; InputError if its settings were others.
+
+        teachers: digests of their files."""
+        state = cls(name, args, world, train, val, teachers)
+        state.saved = None if args.overwrite else find_saved(state.last_path, state.best_path, state.settings)
+        if state.saved:
+            for key in ("step", "best", "done", "history", "sums", "header"):
+                setattr(state, key, state.saved["training"][key])
+        return state
+
+    def start(self, model, optimizer, scaler, adapters, header):
+        """Takes what is trained, and puts the saved weights back into it."""
+        self.model, self.optimizer, self.scaler, self.adapters = model, optimizer, scaler, adapters
+        name, device = self.name, self.world.device
+        if self.saved:
+            training = self.saved["training"]
+            model.load_state_dict(self.saved["model_state_dict"])
+            if not self.done:
+                optimizer.load_state_dict(training["optimizer"])
+                scaler.load_state_dict(training["scaler"])
+                if adapters is not None:
+                    adapters.load_state_dict(training["adapters"])
+                self.world.print(f"{name}: resumes after step {self.step} of {header['run']['steps']}")
+            for key, value in self.sums.items():  # saved as sums over processes: rank 0 takes them
+                self.sums[key] = (value if self.world.rank == 0 else torch.zeros_like(value)).to(device)
+            self.saved = None
+        else:
+            self.header = header
+            self.world.print(f"{name}: {header['run']['steps']} steps, {header['run']['batch']}, "
+                             f"{header['run']['device']}")
+            self.save()                                       # a run killed from here on can be resumed
+        write_log(self)
+
+    def record(self, record):
+        """Ends an epoch; its weights are kept where their mIoU is the highest so far."""
+        self.history.append(record)
+        self.sums = {}
+        if record["val_miou"] is not None and record["val_miou"] > self.best:
+            self.best = record["val_miou"]
+            if self.world.rank == 0:
+                self.write(self.best_path)
+
+    def save(self):
+        """Writes `last_path`. Every process calls this, since the sums of all are added; rank 0 writes."""
+        training = {"step": self.step, "best": self.best, "done": self.done, "history": self.history,
+                    "sums": over_processes(self.sums, self.world), "header": self.header,
+                    "settings": self.settings}
+        if not self.done:
+            training["optimizer"], training["scaler"] = self.optimizer.state_dict(), self.scaler.state_dict()
+            training["adapters"] = self.adapters.state_dict() if self.adapters is not None else {}
+        if self.world.rank == 0:
+            self.write(self.last_path, training=training)
+
+    def write(self, path, **extra):
+        last = self.history[-1] if self.history else {}
+        save_model(path, self.model, **self.meta, epoch=last.get("epoch", 0), val_miou=last.get("val_miou"),
+                   val_iou=last.get("val_iou") or {}, **extra)
+
+    def recorded_step(self):
+        return self.history[-1]["step"] if self.history else 0
+
+    def result(self):
+        return f"last mIoU {self.history[-1]['val_miou']:.4f}, best {self.best:.4f}"
 
 
-def write_log(run, world, header, history):
-    """The whole log, each epoch once: what was torn or belongs to steps not kept is gone with the old file."""
-    if world.rank == 0:
-        lines = "".join(json.dumps(entry) + "\n" for entry in (header, *history))
-        data.write_atomic(run.best.with_suffix(".jsonl"), lambda file: file.write(lines.encode()))
+def find_saved(last_path, best_path, settings):
+    """The content of `last_path`, or None where no run has begun; InputError if it cannot be resumed."""
+    if not last_path.exists():
+        if best_path.exists():
+            raise InputError(f"{best_path}: exists, but no state of its run; --overwrite replaces it, --out "
+                             "DIR keeps it")
+        return None
+    try:
+        saved = read_file(last_path)
+        old, done = saved["training"]["settings"], saved["training"]["done"]
+        changed = sorted(key for key in old.keys() | settings if old.get(key) != settings.get(key))
+    except (InputError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{last_path}: is damaged or no state of a run; --overwrite starts again, --out DIR "
+                         "keeps it") from None
+    texts, unprintable = [], {"data": "other pairs or labels", "classes": "another table",
+                              "teachers": "other weights"}
+    for key in changed:
+        flag = key if key in ("processes", "data", "transformers") else f"--{key.replace('_', '-')}"
+        values = f"was {str(old.get(key))[:40]}, now {str(settings.get(key))[:40]}"
+        texts.append(f"{flag} ({unprintable.get(key, values)})")
+    if texts:
+        raise InputError(f"{last_path}: the saved run had other settings: {', '.join(texts)}; --overwrite "
+                         "starts again, --out DIR keeps both")
+    if done and not best_path.exists():
+        raise InputError(f"{best_path}: is gone, though its run has finished; {last_path} holds the last "
+                         "weights, --overwrite trains again")
+    return saved
 
 
-def report(run, world, header, history, classes, bar):
-    write_log(run, world, header, history)
-    if world.rank == 0:
-        last = history[-1]
-        parts = [key for key in ("hard", "soft", "cwd", "feature", "attention")
-                 if key in last and last[key] != last["loss"]]       # one line would hide the other
-        curves = "training_curves.png" if run.name == "best_student" else f"{run.name}_curves.png"
-        data.save_image(run.best.with_name(curves), draw_curves(history, classes, parts))
-        figures = [form.format(last[key]) for form, key in ((", loss {:.4f}", "loss"), (", mIoU {:.4f}", "val_miou"),
-                                                            (", {:.1f} images/s", "images_per_s")) if last[key] is not None]
-        bar.write(f"{run.name}: epoch {last['epoch']}, step {last['step']}{''.join(figures)}", file=sys.stdout)
+def as_json(value):
+    """Tuples and paths as JSON has them, so that a stored value equals a fresh one."""
+    return json.loads(json.dumps(value, default=str))
 
 
-# ---------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------ the log
+def describe_run(model, args, train, val, world, dtype, total):
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "torchvision": str(torchvision.__version__), "transformers": transformers.__version__}
+    images = args.batch_size * args.accumulate * world.size
+    batch = (f"batch {args.batch_size} x {args.accumulate} accumulated x {world.size} process(es) = "
+             f"{images}, {len(train) // images} steps an epoch")
+    return {"run": {"args": as_json(vars(args)), "steps": total, "batch": batch, "processes": world.size,
+                    "versions": versions, "device": describe_device(world.device, dtype),
+                    "machine": platform.machine(), "parameters": sum(p.numel() for p in model.parameters()),
+                    "pairs": [len(train), len(val)], "size": args.size, "image_size": list(train.sizes[0]),
+                    "classes": data.class_names(train.classes)}}
+
+
+def write_log(state):
+    """Writes the whole log, each epoch once: torn lines and epochs that were not kept disappear."""
+    if state.world.rank == 0:
+        lines = "".join(json.dumps(entry) + "\n" for entry in (state.header, *state.history))
+        data.write_atomic(state.best_path.with_suffix(".jsonl"), lambda file: file.write(lines.encode()))
+
+
+def report(state, classes, bar):
+    """After an epoch: the log, the curves, and a line on the screen."""
+    write_log(state)
+    if state.world.rank > 0:
+        return
+    last = state.history[-1]
+    parts = []
+    for key in ("hard", "soft", "cwd", "feature", "attention"):
+        if key in last and last[key] != last["loss"]:         # equal ones would hide each other
+            parts.append(key)
+    name = "training_curves.png" if state.name == "best_student" else f"{state.name}_curves.png"
+    data.save_image(state.best_path.with_name(name), draw_curves(state.history, classes, parts))
+    text = f"{state.name}: epoch {last['epoch']}, step {last['step']}"
+    for key, form in (("loss", ", loss {:.4f}"), ("val_miou", ", mIoU {:.4f}"),
+                      ("images_per_s", ", {:.1f} images/s")):
+        if last[key] is not None:
+            text += form.format(last[key])
+    bar.write(text, file=sys.stdout)
+
+
+# ------------------------------------------------------------ processes and signals
+class World(NamedTuple):
+    """This process among those that torchrun started."""
+    rank: int
+    size: int
+    device: torch.device
+    host_group: object = None                    # a gloo group: what the CPUs agree on must not wait for GPUs
+
+    def print(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def max(self, *values):
+        """The largest of each value over all processes, as integers."""
+        if self.size == 1:
+            return values
+        shared = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.host_group)
+        return shared.tolist()
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """Rank 0 runs the block before the others do. If it fails, the other ranks exit without a message."""
+        if self.rank > 0 and self.max(0)[0]:
+            raise SystemExit(2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if self.rank == 0:
+                self.max(failed)
+
+
+@contextlib.contextmanager
+def join_processes(device_flag):
+    """Joins the processes that torchrun started, by nccl on GPUs and gloo elsewhere; yields this one's
+    World."""
+    device, size = pick_device(device_flag), int(os.environ.get("WORLD_SIZE", "1"))
+    torch.backends.cudnn.benchmark = True                     # all crops have one size
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with warnings.catch_warnings():
+        # of 1x1 convolutions, whose two memory orders are one; of a flag renamed in torch 2.15
+        warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
+        try:
+            yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+        finally:
+            dist.destroy_process_group()
+
+
+class Interrupt(Exception):
+    """A signal that arrived, at a moment when training can stop."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class Stopped(InputError):
+    """A run that a signal ended, and that can be resumed; the exit status is the shell's, 130 or 143."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Signals:
+    """Remembers the first SIGINT or SIGTERM in `number`; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number, self.at_once, self.previous = 0, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():                    # Python allows no other
+            for which in (signal.SIGINT, signal.SIGTERM):
+                self.previous[which] = signal.signal(which, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        self.number = number
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+        for which in self.previous:
+            signal.signal(which, signal.SIG_DFL)
+        if self.at_once:
+            raise Interrupt(number)
+
+    @contextlib.contextmanager
+    def raised_at_once(self, wanted):
+        """Within this block a signal raises Interrupt instead of waiting for the end of a step."""
+        if wanted and self.number:
+            raise Interrupt(self.number)
+        self.at_once = wanted
+        yield
+        self.at_once = False
+
+    def __exit__(self, *error):
+        for which, handler in self.previous.items():
+            signal.signal(which, handler)
+
+
+# ------------------------------------------------------------ checks, flags, the command
+def nonfinite_error(state, parts, batches, train):
+    values = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
+    names = [train.pairs[n][0].name for batch in batches for n in batch.indices.tolist()]
+    return RunError(f"{state.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at "
+                    f"step {state.step} ({values}; images {' '.join(names)}); lower --lr or use --amp off or "
+                    f"bf16. The last good state is kept in {state.last_path}")
+
+
+@contextlib.contextmanager
+def out_of_memory_error(args):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        raise RunError(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them, "
+                       f"and raise --accumulate (now {args.accumulate}) to keep the batch. What was saved is "
+                       "kept") from None
+
+
 def open_data(args, world):
-    """(training split, validation split, (C,) class weights); what masks hold is kept beside the outputs. Rank 0 reads first."""
-    classes = data.load_classes(args.classes)
-    root, out = data.find_data(args.data), Path(args.out)
+    """(training split, validation split, (C,) class weights); rank 0 reads and checks all files first."""
+    classes, root, out = data.load_classes(args.classes), data.find_data(args.data), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise data.Fault(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
-    with world.first():
-        splits = [data.Pairs(root, split, classes, args.masks, out) for split in ("train", "val")]
-        check_batch(args, len(splits[0]), world)
-    for split in splits:
-        world.say(split.describe())
-    empty = [c["name"] for c, n in zip(classes, splits[0].counts.sum(0), strict=True) if not n]
+        raise InputError(f"--out {args.out}: cannot be made ({error.strerror}); choose another") from None
+    with world.rank_0_first():
+        train, val = (data.Split(root, name, classes, args.masks, out) for name in ("train", "val"))
+        check_batch(args, len(train), world)
+    world.print(train.describe())
+    world.print(val.describe())
+    empty = [name for name, n in zip(data.class_names(classes), train.counts.sum(0), strict=True) if not n]
     if empty:
-        world.say(f"train: no pixel of {', '.join(empty)}; these classes weigh 1 and cannot be learnt")
-    return *splits, data.class_weights(splits[0].counts, args.class_weights).to(world.device)
+        world.print(f"train: no pixel of {', '.join(empty)}; these classes weigh 1 and cannot be learnt")
+    return train, val, data.class_weights(train.counts, args.class_weights).to(world.device)
 
 
-@data.command
+def check_batch(args, pairs, world):
+    if args.arch == "deeplab" and args.batch_size < 2:
+        raise InputError("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images")
+    images = args.batch_size * args.accumulate * world.size
+    if images > pairs:
+        raise InputError(f"--batch-size {args.batch_size}: a step takes {images} images (x --accumulate x "
+                         f"processes), the training split holds {pairs}; lower it")
+
+
+def add_train_flags(parser):
+    """The flags that train_teacher.py and distill.py share."""
+    number, group = data.number, data.add_data_flags(parser)
+    group.add_argument("--size", type=data.image_side, default=512,
+                       help="side of a crop and shorter side of a whole image, in pixels")
+    group.add_argument("--workers", type=number(int, 0, 256), default=min(4, data.count_cores()),
+                       help="processes that read files")
+    group.add_argument("--rare-class-sampling", action="store_true",
+                       help="draw images with rare classes more often (DAFormer)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs")
+    group.add_argument("--steps", type=number(int, 1), metavar="N", help="end after N steps")
+    group.add_argument("--batch-size", type=number(int, 1), default=8, help="images a process and forward")
+    group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
+                       help="forwards a step: N times the batch in the same memory")
+    group.add_argument("--lr", type=number(float, 1e-12, 1), default=6e-5,
+                       help="AdamW's peak rate for the encoder; the head has ten times it")
+    group.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median",
+                       help="of the hard loss: median frequency, its square root, or none")
+    group.add_argument("--eval-every", type=number(int, 1), default=1, metavar="N",
+                       help="epochs between validations")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0,
+                       help="of weights, order and augmentation")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="DIR", default="outputs", help="for checkpoints, log and curves")
+    group.add_argument("--save-minutes", type=number(float, 0), default=10,
+                       help="minutes between two saved states")
+    group.add_argument("--overwrite", action="store_true", help="start again where a run exists")
+    group.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+
+
 def main(argv=()):
-    parser = data.Parser(__doc__.split("\n\n")[0],
-                         epilog="example: python train_teacher.py --arch deeplab --data DIR --batch-size 4 --accumulate 2")
+    parser = data.Parser(__doc__, "python train_teacher.py --arch deeplab --batch-size 4 --accumulate 2")
     group = add_model_flags(parser, "deeplab")
-    group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH", help="first weights; PATH: a ResNet50 state "
-                       "dict, a folder of mit-bN, or a checkpoint (imagenet)")
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH",
+                       help="first weights; PATH: a ResNet50 state dict, a folder of mit-bN, or a checkpoint")
     add_train_flags(parser)
     args = parser.parse_args(argv)
-    with processes(args.device) as world:
+    with join_processes(args.device) as world:
         train, val, class_weight = open_data(args, world)
-        run = open_run(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
+        state = State.load(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
         model = build(args.arch, train.classes, args.init)
 
-        def loss(forward, batch, progress):
-            hard = hard_loss(forward(batch.image), batch.mask, class_weight, batch.weight_sum)
-            return hard, {"hard": hard}
+        def prepare(batch):
+            batch = data.augment_on_device(batch, world.device)
+            return batch._replace(weights={"hard": hard_weights(batch.target, class_weight)})
 
-        return fit(model, run, loss, train, val, args, world, class_weight)
+        def loss_fn(network, batch, progress):
+            loss = hard_loss(network(batch.image), batch.target, batch.weights["hard"])
+            return loss, {"hard": loss}
+
+        return fit(model, state, prepare, loss_fn, train, val, args, world)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    data.run_command(main)
