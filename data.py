@@ -72,6 +72,31 @@ def random_jitter(rng):
     return np.array([*rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)])
 
 
+def random_box(rng, size):
+    """CutMix's box (Yun et al. 2019): its area is uniform in 0..1 of the crop. Sides and corner are multiples
+    of 4, so that the box is whole cells of the logits."""
+    side = int(np.sqrt(rng.random()) * size / 4) * 4
+    x, y = 4 * rng.integers(0, (size - side) // 4, 2, endpoint=True)
+    return [int(x), int(y), int(x) + side, int(y) + side]
+
+
+def cutmix(batch):
+    """Fills each image's box with that part of its neighbour in the batch: image, target, the teachers'
+    logits and the pixel weights together."""
+    size = batch.image.shape[-1]
+    pixels = torch.arange(size, device=batch.image.device)
+    x0, y0, x1, y1 = batch.box.to(batch.image.device).unbind(1)
+    rows = (pixels >= y0[:, None]) & (pixels < y1[:, None])                          # (B, S)
+    columns = (pixels >= x0[:, None]) & (pixels < x1[:, None])
+    inside = rows[:, :, None] & columns[:, None, :]                                  # (B, S, S)
+
+    def mix(x):
+        mask = inside[:, ::4, ::4] if x.shape[-1] < size else inside
+        return x.roll(1, 0).where(mask[:, None] if x.ndim == 4 else mask, x)
+    return batch._replace(image=mix(batch.image), target=mix(batch.target), teacher=mix(batch.teacher),
+                          weights={name: mix(weight) for name, weight in batch.weights.items()})
+
+
 def color_jitter(image, jitter):
     """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset an image.
 
@@ -110,17 +135,20 @@ class Batch(NamedTuple):
     target: torch.Tensor                     # (B, S, S) class indices, 255 = ignore; uint8, then int64
     affine: torch.Tensor                     # (B, 2, 3) float32: crop -> image coordinates
     jitter: torch.Tensor                     # (B, 4) float32, see random_jitter
-    indices: torch.Tensor                    # (B,) which images of the split
+    indices: torch.Tensor                    # (B,) which images of the split, see Split.images
+    box: torch.Tensor | None = None          # (B, 4) x0, y0, x1, y1 of what CutMix replaces, in pixels
     weights: dict | None = None              # {"hard": (B, S, S), "soft": (B, S/4, S/4)} pixel weights
     teacher: torch.Tensor | None = None      # (B, C, S/4, S/4) float32 logits of the ensemble
     teacher_stages: list | None = None       # for each teacher its list of stages
 
 
 class TrainDataset(Dataset):
-    """Augmented crops by key (epoch, position in the epoch, index): the same for any number of workers."""
+    """Augmented crops by key (epoch, position in the epoch, index): the same for any number of workers.
 
-    def __init__(self, split, size, seed):
-        self.split, self.size, self.seed = split, size, seed
+    cutmix: how often a sample gets a box, see random_box."""
+
+    def __init__(self, split, size, seed, cutmix=0.0):
+        self.split, self.size, self.seed, self.cutmix = split, size, seed, cutmix
 
     def __getitem__(self, key):
         epoch, position, index = key
@@ -131,8 +159,10 @@ class TrainDataset(Dataset):
             image, target = self.split.crop(index, self.size, affine)
         except InputError as error:
             return error                     # returned, not raised: DataLoader would wrap it in a traceback
+        rng = np.random.default_rng(seed_for("cutmix", self.seed, epoch, position))
+        box = random_box(rng, self.size) if rng.random() < self.cutmix else [0, 0, 0, 0]
         return (image, target, torch.from_numpy(affine).float(), torch.from_numpy(jitter).float(),
-                torch.tensor(index))
+                torch.tensor(index), torch.tensor(box))
 
 
 def augment_on_device(batch, device):
@@ -146,13 +176,17 @@ def augment_on_device(batch, device):
 class BatchSampler:
     """Which images make up which batch: lists of (epoch, position, index) from step `start` to `stop`.
 
-    Each epoch is a new permutation, or with `odds` (N,) a draw with replacement; the last partial batch is
-    dropped. A step takes `accumulate` batches in each of `world` processes."""
+    Each epoch is a new permutation of the n pairs, or with `odds` (N,) a draw with replacement; the last
+    partial batch is dropped. A step takes `accumulate` batches in each of `world` processes. unlabelled: (how
+    many of each batch have no label, how many such images there are); they have the indices from n on."""
 
-    def __init__(self, n, batch, seed, start, stop, accumulate=1, rank=0, world=1, odds=None):
+    def __init__(self, n, batch, seed, start, stop, accumulate=1, rank=0, world=1, odds=None,
+                 unlabelled=(0, 0)):
         self.n, self.batch, self.seed, self.start, self.stop = n, batch, seed, start, stop
         self.accumulate, self.rank, self.world, self.odds = accumulate, rank, world, odds
-        self.steps_per_epoch = n // (batch * accumulate * world)
+        self.unlabelled, self.unlabelled_images = unlabelled
+        self.labelled = batch - self.unlabelled
+        self.steps_per_epoch = n // (self.labelled * accumulate * world)
 
     def order(self, epoch):
         generator = torch.Generator().manual_seed(seed_for("order", self.seed, epoch))
@@ -160,16 +194,27 @@ class BatchSampler:
             return torch.randperm(self.n, generator=generator).tolist()
         return torch.multinomial(self.odds, self.n, replacement=True, generator=generator).tolist()
 
+    def unlabelled_order(self, epoch):
+        """One permutation after the other, as many as the epoch needs."""
+        generator = torch.Generator().manual_seed(seed_for("unlabelled", self.seed, epoch))
+        need = self.steps_per_epoch * self.accumulate * self.world * self.unlabelled
+        order: list[int] = []
+        while len(order) < need:
+            order += (self.n + torch.randperm(self.unlabelled_images, generator=generator)).tolist()
+        return order
+
     def __iter__(self):
-        order, order_epoch = [], None
+        order, unlabelled_order, order_epoch = [], [], None
         for step in range(self.start, self.stop):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = self.order(epoch), epoch
+                order, unlabelled_order, order_epoch = self.order(epoch), self.unlabelled_order(epoch), epoch
             for micro in range(self.accumulate):
-                batch_in_epoch = (step_in_epoch * self.accumulate + micro) * self.world + self.rank
-                first = batch_in_epoch * self.batch
-                yield [(epoch, position, order[position]) for position in range(first, first + self.batch)]
+                n = (step_in_epoch * self.accumulate + micro) * self.world + self.rank  # batch in the epoch
+                yield [*((epoch, position, order[position])
+                         for position in range(n * self.labelled, (n + 1) * self.labelled)),
+                       *((epoch, self.n + position, unlabelled_order[position])
+                         for position in range(n * self.unlabelled, (n + 1) * self.unlabelled))]
 
 
 class EvalDataset(Dataset):
@@ -249,16 +294,23 @@ def seed_for(purpose, *key):
 class Split:
     """The checked pairs of one split, how to read them, and the pixels of each class in each of them.
 
-    sizes: [(width, height)]; counts: (N, C) pixels; label_format: "ids" or "indices"; unknown: {value that is
-    in no class: pixels}; digest: identifies names and labels, wherever the folder lies.
+    images: all image files, first those of the pairs, then those of the folders `unlabelled`, which have no
+    mask; sizes: [(width, height)] of them; counts: (N, C) pixels; label_format: "ids" or "indices"; unknown:
+    {value that is in no class: pixels}; digest: identifies names and labels, wherever the folder lies.
     Raises InputError for files that do not fit. `out`: a folder that keeps the scan, see scan_pairs."""
 
-    def __init__(self, root, name, classes, masks=None, out=None):
+    def __init__(self, root, name, classes, masks=None, out=None, unlabelled=()):
         self.classes, self.name = classes, name
         self.pairs = find_pairs(root, name)
         scan_file = Path(out) / f"scan_{(Path(root) / name).absolute().name}.json" if out else None
         found = scan_pairs(self.pairs, scan_file)
+        self.images = [image for image, _ in self.pairs]
+        without_mask = [(image, None) for image in find_unlabelled(unlabelled, self.images)]
+        self.images += [image for image, _ in without_mask]
         self.sizes = [size for size, _ in found]
+        self.sizes += [size for size, _ in scan_pairs(without_mask, scan_file and scan_file.with_name(
+            "scan_unlabelled.json"))]
+        self.unlabelled = len(without_mask)
         paths = [mask for _, mask in self.pairs]
         self.label_format = find_label_format([set(values) for _, values in found], paths, classes, masks)
         self.lookup = lookup_table(classes, self.label_format)
@@ -271,7 +323,9 @@ class Split:
                     self.counts[n, index] += pixels
                 elif value != IGNORE:
                     self.unknown[value] = self.unknown.get(value, 0) + pixels
-        content = [(image.stem, scanned) for (image, _), scanned in zip(self.pairs, found, strict=True)]
+        content: list = [(image.stem, scanned) for (image, _), scanned in zip(self.pairs, found, strict=True)]
+        content += [(image.stem, size) for (image, _), size in zip(without_mask, self.sizes[len(self):],
+                                                                   strict=True)]
         self.digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def __len__(self):
@@ -281,18 +335,24 @@ class Split:
         """One line, and a second one where labels are unknown."""
         kind = "raw ids" if self.label_format == "ids" else "class indices"
         text = f"{self.name}: {len(self)} pairs, masks hold {kind}"
+        if self.unlabelled:
+            text += f"; {self.unlabelled} images without labels"
         if self.unknown:
-            total = sum(width * height for width, height in self.sizes)
+            total = sum(width * height for width, height in self.sizes[:len(self)])
             most = sorted(self.unknown.items())[:8]
             shares = ", ".join(f"{value} ({100 * pixels / total:.2g} %)" for value, pixels in most)
             text += f"\n{self.name}: {len(self.unknown)} labels outside the class table are ignored: {shares}"
         return text
 
     def read(self, n, shrink=1):
-        """(PIL RGB image, (H, W) uint8 target at the stored size), not augmented; `shrink`: see
-        read_image."""
-        image, mask = self.pairs[n]
-        return read_image(image, shrink), self.lookup[read_mask(mask)]
+        """(PIL RGB image, (H, W) uint8 target at the stored size), not augmented; `shrink`: see read_image.
+
+        The target of an unlabelled image is 0 everywhere, so that a crop of it is 255 outside the image
+        only."""
+        image = read_image(self.images[n], shrink)
+        if n >= len(self):
+            return image, np.zeros(self.sizes[n][::-1], np.uint8)
+        return image, self.lookup[read_mask(self.pairs[n][1])]
 
     def crop(self, n, size, affine):
         """The n-th pair under a (2, 3) map, see random_affine: uint8 (3, S, S) image, (S, S) target."""
@@ -469,6 +529,23 @@ def find_pairs(root, split):
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
+def find_unlabelled(folders, known):
+    """The image files of folders without masks, but for those in `known`, which have one."""
+    known = {path.resolve() for path in known}
+    found = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"--unlabelled {folder}: no such folder; name folders of images")
+        images = list(list_files(folder, IMAGE_SUFFIXES).values())
+        new = [path for path in images if path.resolve() not in known]
+        if not new:
+            what = "only images that have a mask in train/" if images else "no images"
+            raise InputError(f"--unlabelled {folder}: holds {what}; name folders of other images "
+                             f"({' '.join(sorted(IMAGE_SUFFIXES))})")
+        found += new
+    return found
+
+
 def list_files(folder, suffixes):
     """{stem: path} of the files in `folder` with one of `suffixes`, without hidden ones."""
     files: dict[str, Path] = {}
@@ -495,7 +572,8 @@ def scan_pairs(pairs, scan_file=None):
             known = dict(json.loads(scan_file.read_text(encoding="utf-8")))
     keys = []
     for image, mask in pairs:
-        stamps = [f"{path.stat().st_size},{path.stat().st_mtime_ns}" for path in (image, mask)]
+        files = [image, mask] if mask else [image]
+        stamps = [f"{path.stat().st_size},{path.stat().st_mtime_ns}" for path in files]
         keys.append(f"{image.resolve()}|{':'.join(stamps)}")
     missing = [n for n, key in enumerate(keys) if key not in known]
     pool = ThreadPoolExecutor(min(8, count_cores()))          # Pillow decodes without holding Python's lock
@@ -512,8 +590,12 @@ def scan_pairs(pairs, scan_file=None):
 
 
 def scan_pair(pair):
-    """((width, height), {mask value: pixels}) of one pair; InputError where the two do not fit."""
+    """((width, height), {mask value: pixels}) of one pair; InputError where the two do not fit.
+
+    The mask of an unlabelled image is None."""
     image, mask = pair
+    if mask is None:
+        return read_image(image).size, {}
     values, size = read_mask(mask), read_image(image).size
     if values.shape[::-1] != size:
         with open_image(image) as opened:

@@ -36,49 +36,39 @@ import data
 import evaluate
 import train_teacher
 from data import InputError, RunError
-from losses import (
-    attention_loss,
-    cwd_loss,
-    feature_loss,
-    hard_loss,
-    hard_weights,
-    ramp,
-    soft_loss,
-    soft_weights,
-)
-from models import (
-    TEACHER_NAMES,
-    Ensemble,
-    SegFormer,
-    add_model_flags,
-    amp_dtype,
-    autocast,
-    build,
-    ensemble_weights,
-    load_model,
-    logits,
-    old_key,
-    optimize_for_inference,
-    parse_weights,
-    predict,
-)
+from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, hard_loss, hard_weights, ramp,
+                    soft_loss, soft_weights)
+from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
+                    ensemble_weights, load_model, logits, old_key, optimize_for_inference, parse_weights,
+                    predict)
 from train_teacher import State, as_json, fit, join_processes, open_data
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
 
 
 # ------------------------------------------------------------ targets and loss
-def make_prepare(world, class_weight, ask_teachers=None):
+def make_prepare(args, world, train, class_weight, ask_teachers=None):
     """prepare(batch) as fit() takes it. ask_teachers: see make_ask_teachers; None trains the student
     alone."""
     def prepare(batch):
         batch = data.augment_on_device(batch, world.device)
+        inside = batch.target                                 # of unlabelled images: 0 inside, 255 outside
+        unlabelled = (batch.indices >= len(train)).to(world.device)[:, None, None]
+        batch = batch._replace(target=inside.masked_fill(unlabelled, data.IGNORE))
         weights = {"hard": hard_weights(batch.target, class_weight)}
         if ask_teachers is None:
             return batch._replace(weights=weights)
-        weights["soft"] = soft_weights(batch.target)
+        weights["soft"] = soft_weights(inside)                # soft losses need no label
         teacher, stages = ask_teachers(batch)  # they see exactly the pixels that the student sees
-        return batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
+        if args.soft_weights == "balanced":
+            weights["soft"] = weights["soft"] * balanced_weights(teacher, class_weight)
+        if args.confidence_threshold:
+            weights["soft"] = weights["soft"] * (teacher.softmax(1).amax(1) >= args.confidence_threshold)
+        if train.unlabelled:
+            weights["soft_unlabelled"] = weights["soft"] * unlabelled
+        batch = batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
+        # after the teachers, which see whole scenes, and only their labels are mixed
+        return data.cutmix(batch) if args.cutmix else batch
     return prepare
 
 
@@ -88,7 +78,8 @@ def make_loss(args, adapters=None):
         alpha = ramp(*args.alpha, progress)
         z, stages = network(batch.image, features=True)
         hard = hard_loss(z, batch.target, batch.weights["hard"])
-        loss, parts = (1 - alpha) * hard, {"hard": hard, "alpha": alpha}
+        loss = hard if args.hard_weight == "constant" else (1 - alpha) * hard
+        parts = {"hard": hard, "alpha": alpha}
         if batch.teacher is None:
             return loss, parts
         if args.kl:
@@ -96,6 +87,10 @@ def make_loss(args, adapters=None):
                 z, batch.teacher, args.T, batch.weights["soft"])
             parts["soft"] = soft
             loss = loss + alpha * args.kl * soft
+            if "soft_unlabelled" in batch.weights:            # of the unlabelled images alone, for the log
+                with torch.no_grad():
+                    parts["soft_unlabelled"], *_ = soft_loss(z, batch.teacher, args.T,
+                                                             batch.weights["soft_unlabelled"])
         if args.cwd:
             parts["cwd"] = cwd_loss(z, batch.teacher, batch.weights["soft"])
             loss = loss + alpha * args.cwd * parts["cwd"]
@@ -141,10 +136,10 @@ def make_ask_teachers(args, world, train, digests, teachers):
     frozen = [optimize_for_inference(model.to(world.device), meta["arch"], dtype) for model, meta in teachers]
     ensemble = Ensemble(frozen, weights, args.average).to(world.device)
     if args.cache_teachers:
-        files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p, _ in train.pairs]
+        files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in train.images]
         key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "size": args.size,
-               "data": train.digest, "images": files, "precision": str(dtype), "format": 1}
-        cache = TeacherCache(args.out, key, train, args.size)
+               "scale": args.cache_scale, "data": train.digest, "images": files, "precision": str(dtype)}
+        cache = TeacherCache(args.out, key, train, args.size, args.cache_scale)
         cache.build(ensemble, world, dtype, args.workers)
         return lambda batch: (cache.crops(batch), [])
     network = torch.compile(ensemble) if args.compile else ensemble
@@ -202,10 +197,12 @@ class TeacherCache:
     """The ensemble's logits of every whole training image, float16 at stride 4, in one memory-mapped file.
 
     `key` names all that the maps depend on; a cache with another key is replaced. Teachers see the whole
-    clean image here, not the jittered crop."""
+    clean image here, not the jittered crop. scale: they see it that many times larger, and mirrored too; the
+    maps are averaged down to the same grid."""
 
-    def __init__(self, folder, key, split, size):
-        self.folder, self.key, self.split, self.size = Path(folder), as_json(key), split, size
+    def __init__(self, folder, key, split, size, scale=1):
+        self.folder, self.key, self.split = Path(folder), as_json(key), split
+        self.size, self.scale = size, scale
         self.shapes = []
         for image_size in split.sizes:
             width, height = data.eval_size(*image_size, size)
@@ -217,7 +214,7 @@ class TeacherCache:
         """Computes the missing maps, split over the processes; an interrupted build resumes here."""
         todo = self.open(world)
         mine = todo[world.rank::world.size]
-        dataset = data.EvalDataset(self.split, [self.size])
+        dataset = data.EvalDataset(self.split, [self.size * self.scale])
         images = data.load(dataset, mine, workers, world.device.type == "cuda") if mine else ()
         start = 0.0
         for n, (index, (image,), _) in enumerate(data.progress_bar(images, "teachers", len(mine))):
@@ -225,10 +222,12 @@ class TeacherCache:
                 start = time.perf_counter()
             if n == 2:
                 minutes = (time.perf_counter() - start) * len(mine) / 60
-                world.print(f"teacher cache: {len(todo)} of {len(self.split)} images to compute, "
+                world.print(f"teacher cache: {len(todo)} of {len(self.shapes)} images to compute, "
                             f"{2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, about {minutes:.1f} "
                             "minutes, once")
-            z = logits(ensemble, image, dtype)[0].clamp(-6e4, 6e4)                   # float16 ends at 65504
+            z = logits(ensemble, image, dtype, self.scale > 1)
+            z = F.interpolate(z, self.shapes[index][1:], mode="area")[0]  # changes nothing at scale 1
+            z = z.clamp(-6e4, 6e4)                            # float16 ends at 65504
             self.values[self.starts[index]:self.starts[index + 1]] = z.cpu().half().numpy().ravel()
             self.done[index] = 1
         self.values.flush()
@@ -241,7 +240,7 @@ class TeacherCache:
             try:
                 sizes = values.stat().st_size, done.stat().st_size
                 valid = json.loads(key_file.read_text()) == self.key and \
-                    sizes == (2 * self.starts[-1], len(self.split))
+                    sizes == (2 * self.starts[-1], len(self.shapes))
             except (OSError, ValueError):
                 valid = False
             if not valid:
@@ -258,7 +257,7 @@ class TeacherCache:
             raise InputError(f"--cache-teachers: {values} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
                              "free; free some or use another --out")
         try:
-            for path, length in ((values, need), (done, len(self.split))):
+            for path, length in ((values, need), (done, len(self.shapes))):
                 with open(path, "wb") as file:
                     file.truncate(length)
         except OSError as error:
@@ -379,6 +378,14 @@ def check_flags(args):
     if args.cache_teachers and (args.feature or args.attention):
         raise InputError("--cache-teachers keeps the teachers' logits only; --feature and --attention need "
                          "the teachers themselves, leave it out")
+    if args.cutmix and (args.feature or args.attention):
+        raise InputError("--cutmix mixes logits only; --feature and --attention cannot follow, leave it out")
+    if args.unlabelled:
+        if not needs_teachers(args):
+            raise InputError("--unlabelled: no soft loss would use these images; raise --alpha")
+        if not 0 < round(args.unlabelled_share * args.batch_size) < args.batch_size:
+            raise InputError(f"--unlabelled-share {args.unlabelled_share}: of --batch-size {args.batch_size} "
+                             "at least one image must have labels, and one none; change one of the two")
     if not args.demo:
         data.find_data(args.data)  # what a beginner lacks first; the message names --demo
 
@@ -403,6 +410,12 @@ def make_parser():
                        help="what the ensemble averages")
     group.add_argument("--kl", type=number(float, 0, 1e6), default=1.0,
                        help="weight of KL, the loss per pixel")
+    group.add_argument("--soft-weights", choices=["equal", "balanced"], default="equal",
+                       help="of the pixels in KL; balanced: with the class balance of the hard loss")
+    group.add_argument("--hard-weight", choices=["ramp", "constant"], default="ramp",
+                       help="of the hard loss: 1 - alpha, or 1")
+    group.add_argument("--confidence-threshold", type=number(float, 0, 1), default=0.0, metavar="P",
+                       help="soft losses leave out pixels whose teachers are less sure")
     group.add_argument("--cwd", type=number(float, 0, 1e6), default=0.0,
                        help="weight of the channel-wise loss, at temperature 4 (Shu et al. 2021)")
     group.add_argument("--feature", type=number(float, 0, 1e6), default=0.0,
@@ -411,7 +424,15 @@ def make_parser():
                        help="weight of attention transfer (Zagoruyko and Komodakis 2017)")
     group.add_argument("--cache-teachers", action="store_true",
                        help="teachers see each whole image once; their maps are warped like the crops")
+    group.add_argument("--cache-scale", type=number(int, 1, 4), default=1, metavar="N",
+                       help="cached teachers see images N times as large, and mirrored too from 2 on")
     train_teacher.add_train_flags(parser)
+    group = parser.add_argument_group("images without labels")
+    group.add_argument("--unlabelled", nargs="+", default=[], metavar="DIR",
+                       help="folders of images without masks: the teachers label them")
+    group.add_argument("--unlabelled-share", type=number(float, 0, 1), default=0.5, help="of each batch")
+    group.add_argument("--cutmix", type=number(float, 0, 1), default=0.0, metavar="P",
+                       help="how often an image gets a box of another one (Yun et al. 2019)")
     group = parser.add_argument_group("instead of a run")
     group.add_argument("--demo", action="store_true",
                        help="draw scenes and train all three networks in miniature, with settings of its own")
@@ -438,8 +459,8 @@ def main(argv=()):
         ask_teachers = None
         if needs_teachers(args) and not state.done:           # a finished run needs no cache
             ask_teachers = make_ask_teachers(args, world, train, digests, teachers)
-        prepare, loss_fn = make_prepare(world, class_weight, ask_teachers), make_loss(args, adapters)
-        return fit(student, state, prepare, loss_fn, train, val, args, world, adapters)
+        prepare = make_prepare(args, world, train, class_weight, ask_teachers)
+        return fit(student, state, prepare, make_loss(args, adapters), train, val, args, world, adapters)
 
 
 if __name__ == "__main__":

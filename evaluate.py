@@ -29,18 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import InputError
-from models import (
-    TEACHER_NAMES,
-    Ensemble,
-    add_model_flags,
-    amp_dtype,
-    describe_device,
-    ensemble_weights,
-    load_model,
-    optimize_for_inference,
-    pick_device,
-    predict,
-)
+from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, describe_device, ensemble_weights,
+                    load_model, optimize_for_inference, pick_device, predict)
 
 
 # ------------------------------------------------------------ scores

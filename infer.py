@@ -34,15 +34,8 @@ from torch import nn
 import data
 from data import InputError, RunError
 from evaluate import compute_scores, confusion_matrix, print_columns, time_interleaved
-from models import (
-    add_model_flags,
-    amp_dtype,
-    load_model,
-    optimize_for_inference,
-    pick_device,
-    predict,
-    upsampled_labels,
-)
+from models import (add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device, predict,
+                    upsampled_labels)
 
 
 # ------------------------------------------------------------ labelling files

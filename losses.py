@@ -1,6 +1,7 @@
 """The losses: pure functions of tensors, computed in float32 whatever the autocast type.
 
     L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A, a = ramp(start, end, progress)
+                                    (1 with --hard-weight constant)
 
 CE and KL are sums over pixels, each times its weight. The weights of a step sum to 1 (train_teacher.py sees
 to it), so both are weighted means over the step, in however many micro-batches and processes it was computed.
@@ -34,6 +35,16 @@ def hard_weights(target, class_weight):
 def soft_weights(target):
     """(B, H, W) labels -> (B, h, w): 1 for each cell of the logits whose centre has a label, else 0."""
     return (target[:, 2::4, 2::4] != IGNORE).float()
+
+
+def balanced_weights(teacher, class_weight):
+    """(B, C, h, w) teacher logits, (C,) class weights w -> (B, h, w): W = 1 / sum_c q(c) / w(c), q = softmax.
+
+    A teacher trained with class weights w learns q proportional to w p, where p are the true probabilities;
+    then weighted cross-entropy is W times the cross-entropy with q. So W gives the soft loss the class
+    balance of the hard loss, without a label."""
+    q = teacher.float().softmax(1)
+    return 1 / (q / class_weight[:, None, None]).sum(1)
 
 
 # ------------------------------------------------------------ losses on logits

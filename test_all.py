@@ -380,7 +380,7 @@ def test_loader_gives_the_same_pixels_for_any_number_of_workers(split, workers):
     expected, found = batches(0), batches(workers)
     assert len(found) == 5 == len(expected)
     for a, b in zip(expected, found, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:5], b[:5], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
 
 
 def test_order_visits_each_pair_once_an_epoch_and_splits_over_processes():
@@ -394,6 +394,52 @@ def test_order_visits_each_pair_once_an_epoch_and_splits_over_processes():
     assert sorted(halves[0] + halves[1]) == sorted(whole)
     assert keys(13, 2, 7, 0, 6, accumulate=2) == whole
     assert keys(13, 4, 7, 4, 6) == whole[16:]                 # resumed
+
+
+def test_unlabelled_images_fill_their_share_of_each_batch():
+    def batches(batch, unlabelled, **how):
+        return list(data.BatchSampler(9, batch, 7, 0, 8, unlabelled=(unlabelled, 5), **how))
+    whole = batches(4, 2)                                     # 9 // 2 = 4 steps an epoch
+    for batch in whole:
+        assert [index < 9 for _, _, index in batch] == [True, True, False, False]
+        assert all(9 <= index < 14 for _, _, index in batch[2:])
+    for epoch in (0, 1):
+        keys = [key for batch in whole for key in batch if key[0] == epoch]
+        assert len({position for _, position, _ in keys}) == len(keys) == 16
+        drawn = [index for _, _, index in keys if index >= 9]
+        assert len(set(drawn)) == 5 and max(map(drawn.count, drawn)) == 2            # 8 draws of 5 images
+    halves = [batches(2, 1, rank=rank, world=2) for rank in (0, 1)]
+    assert sorted(sum(sum(halves, []), [])) == sorted(sum(whole, []))
+    assert sorted(sum(batches(2, 1, accumulate=2), [])) == sorted(sum(whole, []))
+    plain = sum(data.BatchSampler(9, 2, 7, 0, 8), [])         # the order of the pairs is that without them
+    assert [key for key in sum(whole, []) if key[2] < 9] == plain
+
+
+def test_cutmix_moves_image_target_teacher_and_weights_together():
+    """Everything holds the number of its cell and image, so that it must agree after the mix."""
+    cells = torch.arange(3 * 8 * 8).view(3, 8, 8)
+    pixels = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)                   # 32 x 32
+    box = torch.tensor([[0, 0, 0, 0], [8, 4, 20, 16], [0, 0, 32, 32]])
+    batch = data.Batch(pixels[:, None].expand(-1, 3, -1, -1).float(), pixels, None, None, None, box,
+                       {"hard": pixels.float(), "soft": cells.float()}, cells[:, None].expand(-1, 5, -1, -1).float())
+    mixed = data.cutmix(batch)
+    assert torch.equal(mixed.target[0], pixels[0]) and torch.equal(mixed.target[2], pixels[1])
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[4:16, 8:20] = True
+    assert torch.equal(mixed.target[1], torch.where(inside, pixels[0], pixels[1]))
+    for k in range(3):
+        assert torch.equal(mixed.image[:, k], mixed.target.float())
+    assert torch.equal(mixed.weights["hard"], mixed.target.float())
+    assert torch.equal(mixed.weights["soft"], mixed.target[:, ::4, ::4].float())
+    assert torch.equal(mixed.teacher[:, 4], mixed.weights["soft"])
+
+
+def test_random_boxes_are_whole_cells_of_any_size():
+    boxes = np.array([data.random_box(np.random.default_rng(n), 64) for n in range(500)])
+    assert (boxes % 4 == 0).all() and boxes.min() >= 0 and boxes.max() <= 64
+    sides = boxes[:, 2] - boxes[:, 0]
+    assert (sides == boxes[:, 3] - boxes[:, 1]).all() and sides.min() < 8 and sides.max() > 56
+    assert (sides**2 / 64**2).mean() == pytest.approx(0.45, abs=0.05)                # uniform, rounded down
 
 
 def test_sampling_odds_prefer_rare_classes_and_are_deterministic():
@@ -468,7 +514,8 @@ def test_hard_loss_equals_torchs_at_full_size():
 
 def test_hard_loss_of_nothing_valid_is_zero_with_zero_gradient():
     z, target = torch.randn(1, 3, 2, 2, requires_grad=True), torch.full((1, 8, 8), 255)
-    batch = data.Batch(None, None, None, None, None, {"hard": losses.hard_weights(target, torch.ones(3))})
+    weights = {"hard": losses.hard_weights(target, torch.ones(3))}
+    batch = data.Batch(None, None, None, None, None, weights=weights)
     train_teacher.normalize_weights([batch], ALONE)
     loss = losses.hard_loss(z, target, batch.weights["hard"])
     loss.backward()
@@ -538,6 +585,18 @@ def test_soft_loss_counts_what_its_clamps_meet():
     loss, clamped, bit = soft(z, t, target, 3.0)
     assert loss.item() == pytest.approx(90, rel=1e-3) and clamped == 0
     assert soft(z[:, :, :1], t[:, :, :1], target[:, :4], 3.0)[2]
+
+
+def test_balanced_weights_by_hand_and_as_the_weighted_loss():
+    teacher = torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)                      # q = 3/4, 1/4
+    weight = losses.balanced_weights(teacher, torch.tensor([1.0, 4.0]))
+    assert weight.item() == pytest.approx(1 / (0.75 / 1 + 0.25 / 4))
+    # a teacher that learnt with class weights w says q ~ w p; then W q = w p, the weighted loss' own target
+    torch.manual_seed(0)
+    p, w = torch.rand(2, 5, 3, 3).softmax(1), torch.rand(5) + 0.1
+    q = p * w[:, None, None] / (p * w[:, None, None]).sum(1, keepdim=True)
+    weight = losses.balanced_weights(q.log(), w)
+    assert torch.allclose(weight[:, None] * q, w[:, None, None] * p, rtol=1e-5)
 
 
 def test_cwd_loss_by_hand():
@@ -887,6 +946,20 @@ def test_cache_resumes_and_is_rebuilt_when_stale(squares, tmp_path, monkeypatch)
     assert np.isfinite(first).all() and (first != 0).any()
 
 
+def test_cache_at_twice_the_scale_is_the_mean_over_mirror_and_cells(squares, tmp_path):
+    torch.manual_seed(0)
+    model = models.build("segformer-b0", data.DESERT).eval()
+    cache = distill.TeacherCache(tmp_path, {}, squares, 96, scale=2)
+    cache.build(model, ALONE, None, 0)
+    image = data.eval_image(squares.read(1)[0], 192)
+    with torch.no_grad():
+        x = data.normalize(image)
+        z = (model(x) + model(x.flip(3)).flip(3)) / 2                                # (1, 10, 48, 48)
+    expected = z.unflatten(3, (24, 2)).unflatten(2, (24, 2)).mean((3, 5))
+    found = torch.from_numpy(cache.values[cache.starts[1]:cache.starts[2]].astype(np.float32))
+    assert torch.allclose(found.view(expected.shape), expected, atol=2e-3)
+
+
 def test_room_for_a_cache_is_looked_for_after_the_old_one_is_gone(squares, tmp_path, monkeypatch):
     """A disk that holds one cache and no second one."""
     torch.manual_seed(0)
@@ -923,7 +996,7 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
         return sum(own.values()), own
 
     def prepare_with_teacher(batch):                          # a teacher made from the image itself
-        return distill.make_prepare(world, class_weight, lambda batch: (
+        return distill.make_prepare(args, world, train, class_weight, lambda batch: (
             F.avg_pool2d(batch.image, 4).repeat(1, 4, 1, 1)[:, :10], []))(batch)
 
     def keep_gradients(parameters, limit, once=nn.utils.clip_grad_norm_):
@@ -942,13 +1015,48 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
     return model, kept["gradients"], history[-1], kept["optimizer"]
 
 
-def test_two_half_batches_equal_one_whole(scenes, tmp_path):
-    whole = fit_once(scenes, tmp_path / "whole", batch_size=4)
-    halves = fit_once(scenes, tmp_path / "halves", batch_size=2, accumulate=2)
+@pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory):
+    """A folder of five images without masks."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for n in range(5):
+        distill.draw_scene(500 + n, 160, 96)[0].save(folder / f"drive{n}.png")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["labelled", "unlabelled"])
+def test_two_half_batches_equal_one_whole(how, scenes, unlabelled, tmp_path):
+    changes = {"unlabelled": unlabelled, "soft_weights": "balanced", "confidence_threshold": 0.3}
+    changes = changes if how == "unlabelled" else {}
+    whole = fit_once(scenes, tmp_path / "whole", batch_size=4, **changes)
+    halves = fit_once(scenes, tmp_path / "halves", batch_size=2, accumulate=2, **changes)
     for a, b in zip(whole[1], halves[1], strict=True):
         assert torch.allclose(a, b, atol=1e-5 * (1 + a.abs().max())) and (a != 0).any()
     for key in ("loss", "hard", "soft", "cwd"):
         assert whole[2][key] == pytest.approx(halves[2][key], rel=1e-4)
+
+
+def test_an_unlabelled_image_changes_no_hard_loss_and_counts_for_the_soft_one(scenes, unlabelled):
+    args = distill.make_parser().parse_args([])
+    split = data.Split(scenes, "train", data.DESERT, unlabelled=[unlabelled])
+    assert (len(split), split.unlabelled, len(split.sizes)) == (12, 5, 17)
+    dataset, teacher = data.TrainDataset(split, 64, 0), torch.randn(2, 10, 16, 16)
+    batch = data.collate([dataset[0, 3, 4], dataset[0, 90, 14]])
+    prepare = distill.make_prepare(args, ALONE, split, torch.ones(10), lambda batch: (teacher, []))
+    ready = prepare(batch)
+    assert (ready.target[1] == 255).all() and (ready.weights["hard"][1] == 0).all()
+    assert torch.equal(ready.target[0], batch.target[0].long()) and (ready.target[0] != 255).any()
+    inside = batch.target[1, 2::4, 2::4] != 255               # the dummy labels of the loader
+    assert torch.equal(ready.weights["soft"][1], inside.float()) and inside.any()
+    assert torch.equal(ready.weights["soft_unlabelled"][0], torch.zeros(16, 16))
+    assert torch.equal(ready.weights["soft_unlabelled"][1], inside.float())
+    z = torch.randn(2, 10, 16, 16, requires_grad=True)
+    losses.hard_loss(z, ready.target, ready.weights["hard"]).backward()
+    assert (z.grad[1] == 0).all() and (z.grad[0] != 0).any()
+    sure = teacher.softmax(1).amax(1) >= 0.3
+    args.confidence_threshold = 0.3
+    confident = prepare(batch).weights["soft"]
+    assert torch.equal(confident, ready.weights["soft"] * sure) and 0 < sure.sum() < sure.numel()
 
 
 def gradients_of_a_process(rank, scenes, folder, port):
@@ -1087,6 +1195,25 @@ def test_init_teacher_copies_an_even_choice_of_blocks():
     assert torch.equal(own[embedding], theirs[embedding])
     with pytest.raises(data.InputError, match="--init teacher"):
         distill.start_from_teacher(models.build("segformer-b0", data.DESERT), [teacher])
+
+
+def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_path):
+    for how, share in (("ramp", 0.5), ("constant", 1.0)):
+        argv = flags(data=scenes, out=tmp_path / how, **B0, steps=1, teachers=trained[1], alpha=0.5, hard_weight=how)
+        _, (record,) = distill.main(argv)
+        assert record["loss"] == pytest.approx(share * record["hard"] + 0.5 * record["soft"], rel=1e-5)
+
+
+def test_training_images_among_the_unlabelled_are_not_taken_twice(scenes, copy_of, unlabelled):
+    folder = copy_of / "train" / "Color_Images"
+    split = data.Split(copy_of, "train", data.DESERT, unlabelled=[folder, unlabelled][1:])
+    shutil.copy(next(unlabelled.iterdir()), copy_of / "train" / "more.png")
+    (copy_of / "more").mkdir()
+    for path in (*folder.iterdir(), copy_of / "train" / "more.png"):
+        (copy_of / "more" / path.name).symlink_to(path)
+    mixed = data.Split(copy_of, "train", data.DESERT, unlabelled=[copy_of / "more"])
+    assert split.unlabelled == 5 and mixed.unlabelled == 1 and mixed.images[-1].name == "more.png"
+    assert len({split.digest, mixed.digest, data.Split(copy_of, "train", data.DESERT).digest}) == 3
 
 
 def test_same_command_gives_the_same_bits_for_any_number_of_workers(scenes, tmp_path):
@@ -1271,6 +1398,24 @@ def test_damaged_records_of_a_run(scenes, tmp_path, fails):
         fails(train_teacher.main, argv, "checkpoints", "--overwrite")
     state.write_bytes(b"")
     fails(train_teacher.main, argv, "checkpoints", "--overwrite")
+
+
+def test_a_run_with_unlabelled_images_and_cutmix_resumes_with_the_same_bits(trained, scenes, unlabelled, tmp_path,
+                                                                            monkeypatch):
+    def argv(out):
+        how = {"unlabelled": unlabelled, "cutmix": 0.7, "soft_weights": "balanced", "hard_weight": "constant"}
+        return flags(data=scenes, **B0, out=tmp_path / out, epochs=2, teachers=trained[1][1], cache_teachers=True,
+                     **how)
+    whole, history = distill.main(argv("whole"))
+    assert [r["step"] for r in history] == [6, 12] and history[-1]["soft_unlabelled"] > 0  # 12 pairs, 2 a step
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(train_teacher.Stopped):
+            distill.main(argv("cut"))
+    cut, records = distill.main(argv("cut"))
+    assert states_equal(whole.state_dict(), cut.state_dict())
+    assert [without_times(r) for r in history] == [without_times(r) for r in records]
+    assert (tmp_path / "cut" / "teacher_cache.done").read_bytes() == b"\1" * 17      # maps of all images
 
 
 @pytest.mark.parametrize("which, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -1868,6 +2013,11 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "no teachers": (kd(), ["--teachers out/deep_lab.pth", "no such file"]),
     "cache and features": (kd(cache_teachers=True, feature=1, teachers="DEEPLAB"),
                            ["--cache-teachers", "--feature"]),
+    "unlabelled nowhere": (kd(unlabelled="nowhere", teachers="DEEPLAB"), ["--unlabelled nowhere", "no such folder"]),
+    "unlabelled empty": (kd(unlabelled="FOLDER", teachers="DEEPLAB"), ["--unlabelled", "holds no images"]),
+    "unlabelled alone": (kd(unlabelled="FOLDER", alpha=0), ["--unlabelled", "--alpha"]),
+    "unlabelled share": (kd(unlabelled="FOLDER", unlabelled_share=1), ["--unlabelled-share 1", "--batch-size 8"]),
+    "cutmix and features": (kd(cutmix=0.5, feature=1, teachers="DEEPLAB"), ["--cutmix", "--feature"]),
     "no checkpoints": (scores("nowhere.pth"), ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (scores("DEEPLAB", ensemble=True, teacher_weights="1:2"),
                                      ["--teacher-weights 1:2"]),
@@ -2337,7 +2487,7 @@ def steps_of_fit(args, split, ask_teachers, folder, steps):
     prepare()."""
     shutil.rmtree(folder, ignore_errors=True)
     class_weight = data.class_weights(split.counts)
-    prepare, starts = distill.make_prepare(ALONE, class_weight, ask_teachers), []
+    prepare, starts = distill.make_prepare(args, ALONE, split, class_weight, ask_teachers), []
 
     def timed_prepare(batch):
         starts.append(time.perf_counter())

@@ -36,20 +36,8 @@ import data
 from data import InputError, RunError
 from evaluate import compute_scores, draw_curves, evaluate
 from losses import hard_loss, hard_weights
-from models import (
-    TEACHER_NAMES,
-    add_model_flags,
-    amp_dtype,
-    autocast,
-    build,
-    describe_device,
-    encoder_prefix,
-    memory_format,
-    optimize_for_inference,
-    pick_device,
-    read_file,
-    save_model,
-)
+from models import (TEACHER_NAMES, add_model_flags, amp_dtype, autocast, build, describe_device,
+                    encoder_prefix, memory_format, optimize_for_inference, pick_device, read_file, save_model)
 
 COUNTERS = ("logits_clamped", "soft_clamped")  # parts of a loss that are counted over an epoch, not averaged
 CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
@@ -64,15 +52,17 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
     loss_fn: (network, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress goes 0 -> 1
     adapters: a module that is trained too but is no part of the checkpoint"""
     device, dtype, started = world.device, amp_dtype(args.amp, world.device), time.time()
+    # an epoch is one pass over the pairs; unlabelled images fill their share of each batch
+    unlabelled = round(args.unlabelled_share * args.batch_size) if train.unlabelled else 0
     step_images = args.batch_size * args.accumulate * world.size
-    steps_per_epoch = len(train) // step_images
+    steps_per_epoch = len(train) // ((args.batch_size - unlabelled) * args.accumulate * world.size)
     total = min(args.epochs * steps_per_epoch, args.steps or math.inf)
 
     model, network = to_training(model, args, world, adapters)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.arch, args.lr, adapters), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    header = describe_run(model, args, train, val, world, dtype, total)
+    header = describe_run(model, args, train, val, world, dtype, total, steps_per_epoch)
     state.start(model, optimizer, scaler, adapters, header)
     if state.done:
         world.print(f"{state.name}: finished already, {state.result()}; --overwrite starts again")
@@ -80,8 +70,8 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
 
     odds = data.sampling_odds(train.counts) if args.rare_class_sampling else None
     order = data.BatchSampler(len(train), args.batch_size, args.seed, state.step, total, args.accumulate,
-                              world.rank, world.size, odds)
-    dataset = data.TrainDataset(train, args.size, args.seed)
+                              world.rank, world.size, odds, (unlabelled, train.unlabelled))
+    dataset = data.TrainDataset(train, args.size, args.seed, args.cutmix)
     loader = data.load(dataset, order, args.workers, device.type == "cuda")
     clock, saved_at = Clock(device, step_images), time.monotonic()
     nonfinite_in_a_row = torch.zeros((), device=device)
@@ -453,12 +443,12 @@ def as_json(value):
 
 
 # ------------------------------------------------------------ the log
-def describe_run(model, args, train, val, world, dtype, total):
+def describe_run(model, args, train, val, world, dtype, total, steps_per_epoch):
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "torchvision": str(torchvision.__version__), "transformers": transformers.__version__}
     images = args.batch_size * args.accumulate * world.size
     batch = (f"batch {args.batch_size} x {args.accumulate} accumulated x {world.size} process(es) = "
-             f"{images}, {len(train) // images} steps an epoch")
+             f"{images}, {steps_per_epoch} steps an epoch")
     return {"run": {"args": as_json(vars(args)), "steps": total, "batch": batch, "processes": world.size,
                     "versions": versions, "device": describe_device(world.device, dtype),
                     "machine": platform.machine(), "parameters": sum(p.numel() for p in model.parameters()),
@@ -480,7 +470,7 @@ def report(state, classes, bar):
         return
     last = state.history[-1]
     parts = []
-    for key in ("hard", "soft", "cwd", "feature", "attention"):
+    for key in ("hard", "soft", "soft_unlabelled", "cwd", "feature", "attention"):
         if key in last and last[key] != last["loss"]:         # equal ones would hide each other
             parts.append(key)
     name = "training_curves.png" if state.name == "best_student" else f"{state.name}_curves.png"
@@ -602,7 +592,7 @@ class Signals:
 # ------------------------------------------------------------ checks, flags, the command
 def nonfinite_error(state, parts, batches, train):
     values = ", ".join(f"{name} {float(value):.4g}" for name, value in parts.items())
-    names = [train.pairs[n][0].name for batch in batches for n in batch.indices.tolist()]
+    names = [train.images[n].name for batch in batches for n in batch.indices.tolist()]
     return RunError(f"{state.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at "
                     f"step {state.step} ({values}; images {' '.join(names)}); lower --lr or use --amp off or "
                     f"bf16. The last good state is kept in {state.last_path}")
@@ -629,7 +619,8 @@ def open_data(args, world):
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be made ({error.strerror}); choose another") from None
     with world.rank_0_first():
-        train, val = (data.Split(root, name, classes, args.masks, out) for name in ("train", "val"))
+        train = data.Split(root, "train", classes, args.masks, out, args.unlabelled)
+        val = data.Split(root, "val", classes, args.masks, out)
         check_batch(args, len(train), world)
     world.print(train.describe())
     world.print(val.describe())
@@ -677,6 +668,7 @@ def add_train_flags(parser):
                        help="minutes between two saved states")
     group.add_argument("--overwrite", action="store_true", help="start again where a run exists")
     group.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    parser.set_defaults(unlabelled=[], unlabelled_share=0.0, cutmix=0.0)             # flags of distill.py
 
 
 def main(argv=()):
