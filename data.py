@@ -98,7 +98,7 @@ def cutmix(batch):
 
 
 def color_jitter(image, jitter):
-    """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset an image.
+    """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset per image.
 
     image: (B, 3, H, W) in 0..1; jitter: (B, 4), see random_jitter. Contrast and saturation are torchvision's;
     hue is a rotation of the colour plane of YIQ, which keeps luminance. Clipped to 0..1 once, at the end."""
@@ -296,7 +296,7 @@ class Split:
 
     images: all image files, first those of the pairs, then those of the folders `unlabelled`, which have no
     mask; sizes: [(width, height)] of them; counts: (N, C) pixels; label_format: "ids" or "indices"; unknown:
-    {value that is in no class: pixels}; digest: identifies names and labels, wherever the folder lies.
+    {value that is in no class: pixels}; digest: of names, sizes and label counts, wherever the folder lies.
     Raises InputError for files that do not fit. `out`: a folder that keeps the scan, see scan_pairs."""
 
     def __init__(self, root, name, classes, masks=None, out=None, unlabelled=()):
@@ -339,7 +339,7 @@ class Split:
             text += f"; {self.unlabelled} images without labels"
         if self.unknown:
             total = sum(width * height for width, height in self.sizes[:len(self)])
-            most = sorted(self.unknown.items())[:8]
+            most = sorted(self.unknown.items(), key=lambda item: -item[1])[:8]
             shares = ", ".join(f"{value} ({100 * pixels / total:.2g} %)" for value, pixels in most)
             text += f"\n{self.name}: {len(self.unknown)} labels outside the class table are ignored: {shares}"
         return text
@@ -347,8 +347,7 @@ class Split:
     def read(self, n, shrink=1):
         """(PIL RGB image, (H, W) uint8 target at the stored size), not augmented; `shrink`: see read_image.
 
-        The target of an unlabelled image is 0 everywhere, so that a crop of it is 255 outside the image
-        only."""
+        The target of an unlabelled image is 0 everywhere; a crop of it is 255 outside the image only."""
         image = read_image(self.images[n], shrink)
         if n >= len(self):
             return image, np.zeros(self.sizes[n][::-1], np.uint8)
@@ -356,15 +355,17 @@ class Split:
 
     def crop(self, n, size, affine):
         """The n-th pair under a (2, 3) map, see random_affine: uint8 (3, S, S) image, (S, S) target."""
-        width, height = self.sizes[n]
-        shrink = np.sqrt(abs(np.linalg.det(affine[:, :2])))   # image pixels a crop pixel
+        width, _ = self.sizes[n]
+        shrink = np.sqrt(abs(np.linalg.det(affine[:, :2])))   # image pixels per crop pixel
         image, target = self.read(n, int(shrink))
         # Pillow's affine transform does not smooth; reduce first, so that crops are as sharp as whole images
-        factor = max(1, round(shrink * image.width / width))
+        decoded = round(width / image.width)                  # the JPEG decoder's part of it
+        factor = max(1, round(shrink / decoded))
         if factor > 1:
             image = image.reduce(factor)
-        to_reduced = np.array([[image.width / width], [image.height / height]])
-        image = image.transform((size, size), Image.Transform.AFFINE, tuple((affine * to_reduced).ravel()),
+        # not image.width / width: both round sides up, and their last pixels lie partly outside
+        to_reduced = affine / (decoded * factor)
+        image = image.transform((size, size), Image.Transform.AFFINE, tuple(to_reduced.ravel()),
                                 Image.Resampling.BILINEAR, fillcolor=tuple(round(255 * m) for m in MEAN))
         mask = Image.fromarray(target).transform((size, size), Image.Transform.AFFINE, tuple(affine.ravel()),
                                                  Image.Resampling.NEAREST, fillcolor=IGNORE)
@@ -401,7 +402,7 @@ def read_mask(path):
     """The values of a mask exactly as stored, (H, W) uint16: a conversion to 8 bit would fold 16-bit ids."""
     with open_image(path) as image:
         if image.mode not in ("I;16", "I;16B", "I;16L", "I", "L", "P", "1"):
-            raise InputError(f"{path}: mode {image.mode}; a mask holds one number a pixel, "
+            raise InputError(f"{path}: mode {image.mode}; a mask holds one number per pixel, "
                              "export it as 8- or 16-bit greyscale")
         if image.tile and image.tile[0][3] in ("L;2", "L;4"):
             raise InputError(f"{path}: greyscale of 2 or 4 bits, which Pillow scales; "
@@ -491,7 +492,8 @@ def augmented_sheet(split, size):
         jitter = torch.from_numpy(random_jitter(rng)).float()
         jittered = color_jitter(crop[None].float() / 255, jitter[None])[0]
         image = Image.fromarray((255 * jittered).byte().permute(1, 2, 0).numpy())
-        x, y = 2 * n % 6 * size, n // 3 * size
+        row, column = divmod(n, 3)
+        x, y = 2 * column * size, row * size
         sheet.paste(image, (x, y))
         sheet.paste(overlay(image, target, split.classes, legend=False), (x + size, y))
     return sheet
@@ -499,8 +501,7 @@ def augmented_sheet(split, size):
 
 # ------------------------------------------------------------ checks of the data
 def find_data(flag=None):
-    """The data set's root: --data, else ROOT_NAME in the working directory, else anywhere under
-    /kaggle/input."""
+    """The data set's root: --data, else ROOT_NAME here, else anywhere under /kaggle/input."""
     if flag is not None:
         if not Path(flag).is_dir():
             raise InputError(f"--data {flag}: no such folder; name the folder that holds train/ and val/")
@@ -564,8 +565,7 @@ def list_files(folder, suffixes):
 
 def scan_pairs(pairs, scan_file=None):
     """[((width, height), {mask value: pixels})]: decodes every file once, so that a damaged one is found
-    before training and not in hour three. Results stay in `scan_file` and are reused while files are
-    unchanged."""
+    before training and not in hour three. `scan_file` keeps the results of files that have not changed."""
     known = {}
     if scan_file is not None and scan_file.is_file():
         with contextlib.suppress(ValueError, TypeError):      # a damaged scan file: scan again
@@ -584,8 +584,7 @@ def scan_pairs(pairs, scan_file=None):
     finally:
         pool.shutdown(cancel_futures=True)
     if scan_file is not None and missing:
-        text = json.dumps({key: known[key] for key in keys})
-        write_atomic(scan_file, lambda file: file.write(text.encode()))
+        write_atomic(scan_file, json.dumps({key: known[key] for key in keys}).encode())
     return [(tuple(known[key][0]), {int(v): n for v, n in known[key][1].items()}) for key in keys]
 
 
@@ -614,22 +613,14 @@ def find_label_format(values, paths, classes, flag=None):
     ids = {entry["id"] for entry in classes}
     indices = {*range(len(classes)), IGNORE}
     union = set().union(*values)
-    copies = {"the high byte": {i >> 8 for i in ids}, "clipped at 255": {min(i, 255) for i in ids},
-              "modulo 256": {i & 255 for i in ids}}
-    suspects = [(union, paths[0])] if flag else [(union, paths[0]), *zip(values, paths, strict=True)]
-    for how, copied in copies.items():
-        for found, path in suspects:
-            if found <= copied and not found <= ids and not found <= indices:
-                raise InputError(f"{path}: label {min(found - ids)} is no known id; the file looks like an "
-                                 f"8-bit copy of a 16-bit mask ({how}). Export it again with its depth "
-                                 "unchanged")
+    masks = list(zip(values, paths, strict=True))
+    refuse_8_bit_copies([(union, paths[0])] if flag else [(union, paths[0]), *masks], ids, indices)
     if flag is not None:
         label_format = flag
     elif not union <= indices:
         label_format = "ids"                                  # perhaps with ids that the table does not know
-        found = list(zip(values, paths, strict=True))
-        with_indices = [path for v, path in found if v <= indices and not v <= ids | {IGNORE}]
-        with_ids = [path for v, path in found if v & (ids - indices)]
+        with_indices = [path for own, path in masks if own <= indices and not own <= ids | {IGNORE}]
+        with_ids = [path for own, path in masks if own & (ids - indices)]
         if with_indices and with_ids:
             raise InputError(f"{with_indices[0]}: holds class indices where {Path(with_ids[0]).name} holds "
                              "raw ids; a split must not mix them")
@@ -642,15 +633,26 @@ def find_label_format(values, paths, classes, flag=None):
                              "table; say --masks ids or --masks indices")
     if not union & (ids if label_format == "ids" else indices - {IGNORE}):
         strange = max(union - {IGNORE} or union)
-        path = next(path for found, path in zip(values, paths, strict=True) if strange in found)
+        path = next(path for own, path in masks if strange in own)
         raise InputError(f"{path}: label {strange} is in no class table entry, neither as id nor as index "
                          f"(0 to {len(classes) - 1}); name the right table with --classes FILE")
     return label_format
 
 
+def refuse_8_bit_copies(masks, ids, indices):
+    """masks: [(set of values, path)]. An 8-bit copy holds what is left of 16-bit ids in one of three ways."""
+    copies = {"the high byte": {i >> 8 for i in ids}, "clipped at 255": {min(i, 255) for i in ids},
+              "modulo 256": {i & 255 for i in ids}}
+    for how, copied in copies.items():
+        for values, path in masks:
+            if values <= copied and not values <= ids and not values <= indices:
+                raise InputError(f"{path}: label {min(values - ids)} is no known id; the file looks like an "
+                                 f"8-bit copy of a 16-bit mask ({how}). Export it again with its depth "
+                                 "unchanged, or say --masks ids if these are its labels")
+
+
 def load_classes(path=None):
-    """The class table, a list of {"name", "id", "color"} in index order: the desert set's, or a JSON
-    file's."""
+    """The class table, [{"name", "id", "color"}] in index order: the desert set's or a JSON file's."""
     if path is None:
         return DESERT
     try:
@@ -672,9 +674,9 @@ def check_classes(table, where):
         name, raw_id, color = entry["name"], entry["id"], entry["color"]
         if not (isinstance(name, str) and name.strip() and name.isprintable()):
             raise InputError(f"{where}: entry {n} has name {name!r}; a name is one line of text")
-        if not is_int(raw_id, 65535):
+        if not is_int(raw_id, 0, 65535):
             raise InputError(f"{where}: entry {n} has id {raw_id!r}; an id is a whole number from 0 to 65535")
-        if not (isinstance(color, list) and len(color) == 3 and all(is_int(v, 255) for v in color)):
+        if not (isinstance(color, list) and len(color) == 3 and all(is_int(v, 0, 255) for v in color)):
             raise InputError(f"{where}: entry {n} has color {color!r}; a color is three numbers in 0..255")
         for key in ("name", "id"):
             if entry[key] in seen[key]:
@@ -683,8 +685,8 @@ def check_classes(table, where):
     return [{key: entry[key] for key in ("name", "id", "color")} for entry in table]
 
 
-def is_int(value, high):
-    return type(value) is int and 0 <= value <= high
+def is_int(value, low, high):
+    return type(value) is int and low <= value <= high
 
 
 def class_names(classes):
@@ -692,14 +694,18 @@ def class_names(classes):
 
 
 # ------------------------------------------------------------ errors and files
-class InputError(Exception):
-    """Something the user can correct, in one line: the file or flag, the value, what to do."""
-    status = 2                               # the exit status of a command that ends with it
-
-
-class RunError(InputError):
-    """A run that started and could not go on: no memory, no disk space, no finite gradient."""
+class CommandError(Exception):
+    """What a user is told in one line; `status` is the exit status of a command that ends with it."""
     status = 1
+
+
+class InputError(CommandError):
+    """Something the user can correct: the file or flag, the value, what to do."""
+    status = 2
+
+
+class RunError(CommandError):
+    """A run that started and could not go on: no memory, no disk space, no finite gradient."""
 
 
 def brief(error):
@@ -731,13 +737,15 @@ def damaged_file_error(path, what):
         raise InputError(f"{path}: damaged {what} ({brief(error)}); replace or remove it") from None
 
 
-def write_atomic(path, write):
-    """Calls write(file) on a temporary file, then renames it, so that readers never see half a file."""
+def write_atomic(path, content):
+    """Writes to a temporary file, then renames it, so that readers never see half a file.
+
+    content: bytes, or a function that writes to an open file."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -771,16 +779,21 @@ def progress_bar(iterable, desc, total):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to each flag's help, where there is one."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is False or action.default in (None, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and without abbreviated flags, which would break when one is added."""
 
-    def __init__(self, doc, example):
-        super().__init__(description=doc.split("\n\n")[0], epilog=f"example: {example}", allow_abbrev=False,
-                         formatter_class=HelpFormatter)
+    def __init__(self, doc, example, usage="%(prog)s [flags]"):
+        super().__init__(usage=usage, description=doc.split("\n\n")[0], epilog=f"example: {example}",
+                         allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
@@ -824,7 +837,7 @@ def run_command(main, argv=None):
     try:
         main(sys.argv[1:] if argv is None else argv)
         return
-    except InputError as error:
+    except CommandError as error:
         message, status = f"error: {error}" if error.status < 128 else str(error), error.status
     except OSError as error:
         if error.filename is None:

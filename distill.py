@@ -39,17 +39,18 @@ from data import InputError, RunError
 from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, hard_loss, hard_weights, ramp,
                     soft_loss, soft_weights)
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
-                    ensemble_weights, load_model, logits, old_key, optimize_for_inference, parse_weights,
-                    predict)
+                    compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
+                    parse_weights, predict)
 from train_teacher import State, as_json, fit, join_processes, open_data
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
+ALPHA_TERMS = ("kl", "cwd")                      # weights of losses on logits, which alpha weighs too
+STAGE_TERMS = ("feature", "attention")           # weights of losses on stages, which it does not
 
 
 # ------------------------------------------------------------ targets and loss
 def make_prepare(args, world, train, class_weight, ask_teachers=None):
-    """prepare(batch) as fit() takes it. ask_teachers: see make_ask_teachers; None trains the student
-    alone."""
+    """prepare(batch) as fit() takes it; without `ask_teachers` the student is trained alone."""
     def prepare(batch):
         batch = data.augment_on_device(batch, world.device)
         inside = batch.target                                 # of unlabelled images: 0 inside, 255 outside
@@ -84,13 +85,13 @@ def make_loss(args, adapters=None):
             return loss, parts
         if args.kl:
             soft, parts["logits_clamped"], parts["soft_clamped"] = soft_loss(
-                z, batch.teacher, args.T, batch.weights["soft"])
+                z, batch.teacher, batch.weights["soft"], args.T)
             parts["soft"] = soft
             loss = loss + alpha * args.kl * soft
             if "soft_unlabelled" in batch.weights:            # of the unlabelled images alone, for the log
                 with torch.no_grad():
-                    parts["soft_unlabelled"], *_ = soft_loss(z, batch.teacher, args.T,
-                                                             batch.weights["soft_unlabelled"])
+                    parts["soft_unlabelled"], *_ = soft_loss(
+                        z, batch.teacher, batch.weights["soft_unlabelled"], args.T)
         if args.cwd:
             parts["cwd"] = cwd_loss(z, batch.teacher, batch.weights["soft"])
             loss = loss + alpha * args.cwd * parts["cwd"]
@@ -115,8 +116,7 @@ def mean_over_teachers(loss, stages, teachers, adapters=None):
 
 # ------------------------------------------------------------ teachers
 def load_teachers(args):
-    """(digests of the files, [(network, meta)]) of --teachers, or of what train_teacher.py writes to
-    --out."""
+    """(digests of the files, [(network, meta)]) of --teachers, or of the two in --out."""
     paths = args.teachers or [Path(args.out) / name for name in TEACHER_FILES]
     classes = data.load_classes(args.classes)
     teachers = [load_model(path, classes=classes, flag="--teachers") for path in paths]
@@ -133,7 +133,7 @@ def make_ask_teachers(args, world, train, digests, teachers):
     With --cache-teachers this first fills the cache, and then reads from it."""
     dtype = amp_dtype(args.amp, world.device)
     weights = ensemble_weights(args.teacher_weights, [meta for _, meta in teachers])
-    frozen = [optimize_for_inference(model.to(world.device), meta["arch"], dtype) for model, meta in teachers]
+    frozen = [optimize_for_inference(model.to(world.device), dtype) for model, _ in teachers]
     ensemble = Ensemble(frozen, weights, args.average).to(world.device)
     if args.cache_teachers:
         files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in train.images]
@@ -143,7 +143,7 @@ def make_ask_teachers(args, world, train, digests, teachers):
         cache.build(ensemble, world, dtype, args.workers)
         return lambda batch: (cache.crops(batch), [])
     network = torch.compile(ensemble) if args.compile else ensemble
-    with_stages = bool(args.feature or args.attention)
+    with_stages = any(getattr(args, term) for term in STAGE_TERMS)
 
     @torch.no_grad()
     def ask_teachers(batch):
@@ -225,13 +225,13 @@ class TeacherCache:
                 world.print(f"teacher cache: {len(todo)} of {len(self.shapes)} images to compute, "
                             f"{2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, about {minutes:.1f} "
                             "minutes, once")
-            z = logits(ensemble, image, dtype, self.scale > 1)
+            z = compute_logits(ensemble, image, dtype, self.scale > 1)
             z = F.interpolate(z, self.shapes[index][1:], mode="area")[0]  # changes nothing at scale 1
             z = z.clamp(-6e4, 6e4)                            # float16 ends at 65504
             self.values[self.starts[index]:self.starts[index + 1]] = z.cpu().half().numpy().ravel()
             self.done[index] = 1
         self.values.flush()
-        world.max(0)                                          # waits until every process has done its share
+        world.barrier()                                       # every process has done its share
 
     def open(self, world):
         """Maps the files, new ones where the key has changed; returns the indices still to compute."""
@@ -263,7 +263,7 @@ class TeacherCache:
         except OSError as error:
             raise RunError(f"{values}: cannot be written ({error.strerror}); free {need / 1e6:.0f} MB or use "
                            "another --out") from None
-        data.write_atomic(key_file, lambda file: file.write(json.dumps(self.key).encode()))
+        data.write_atomic(key_file, json.dumps(self.key).encode())
 
     @torch.no_grad()
     def crops(self, batch):
@@ -368,7 +368,8 @@ def parse_alpha(value):
 
 def needs_teachers(args):
     """Whether any term of the loss asks the teachers; if none does, they are not even loaded."""
-    return bool(args.feature or args.attention) or (max(args.alpha) > 0 and bool(args.kl or args.cwd))
+    terms = STAGE_TERMS + (ALPHA_TERMS if max(args.alpha) > 0 else ())
+    return any(getattr(args, term) for term in terms)
 
 
 def check_flags(args):
@@ -452,8 +453,9 @@ def main(argv=()):
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         state = State.load(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
-        student = build(args.arch, train.classes, "random" if args.init == "teacher" else args.init)
-        if args.init == "teacher":
+        init = state.init(args.init)
+        student = build(args.arch, train.classes, "random" if init == "teacher" else init)
+        if init == "teacher":
             start_from_teacher(student, [model for model, _ in teachers])
         adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None
         ask_teachers = None

@@ -3,9 +3,9 @@
     python evaluate.py                                        # the teachers and the student in outputs/
     python evaluate.py CKPT ... --data DIR --split val --ensemble
 
-Prints parameters, GMACs and mIoU, speed measured side by side, and IoU, precision and recall by class. A
-class that no mask holds is n/a: it counts as 0 in the mIoU over all classes, and is left out of the mIoU over
-the classes present. Both are printed.
+Prints parameters, GMACs and mIoU with its 95 % interval over the images, speed measured side by side, and
+IoU, precision and recall by class. A class that no mask holds is n/a: it counts as 0 in the mIoU over all
+classes, and is left out of the mIoU over the classes present. Both are printed.
 
 Measured: four networks and an ensemble on 33 pairs of 960x540 at --size 128, with speed: 0.7 minutes on two
 CPU cores in bf16.
@@ -42,11 +42,14 @@ def confusion_matrix(pred, target, num_classes):
 
 
 def compute_scores(confusion, classes):
-    """(C, C) -> {"miou", "miou_present", "pixel_accuracy", "iou", "precision", "recall"}.
+    """(C, C) -> {"miou", "miou_present", "miou_union", "pixel_accuracy", "iou", "precision", "recall"}.
 
-    The last three are {class name: value}, None for a class that no mask holds."""
+    The last three are {class name: value}, None for a class that no mask holds. miou: over all classes, where
+    such a class counts as 0; miou_present: without them; miou_union: over the classes that a mask or a
+    prediction holds, which is what transformers and mmsegmentation print."""
     counts = confusion.cpu().double()                         # on the CPU first: MPS has no float64
     hits, truth, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+    union = int((truth + predicted > 0).sum())
     by_class = {"iou": hits / (truth + predicted - hits), "precision": hits / predicted.clamp(min=1),
                 "recall": hits / truth.clamp(min=1)}
     scores: dict = {}
@@ -56,7 +59,28 @@ def compute_scores(confusion, classes):
             scores[key][entry["name"]] = value if pixels else None
     present = [value for value in scores["iou"].values() if value is not None]
     return {"miou": sum(present) / len(classes), "miou_present": sum(present) / max(1, len(present)),
+            "miou_union": sum(present) / max(1, union),
             "pixel_accuracy": float(hits.sum() / counts.sum().clamp(min=1)), **scores}
+
+
+def bootstrap(confusions, draws=1000):
+    """How far the mIoU depends on the images that happened to be in the split.
+
+    confusions: (R, N, C, C) of R networks on N images. The images are drawn N times with replacement, the
+    same for all networks. Returns [(low, high)], 95 % of the mIoU over the classes present, and [(low,
+    high)], 95 % of its difference to the first network's."""
+    counts = confusions.double()
+    n = counts.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(torch.ones(draws, n), n, replacement=True, generator=generator)
+    times = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    hits, truth, predicted = counts.diagonal(dim1=2, dim2=3), counts.sum(3), counts.sum(2)       # (R, N, C)
+    hits, truth, predicted = times @ hits, times @ truth, times @ predicted  # (R, draws, C)
+    present = truth > 0
+    iou = (hits / (truth + predicted - hits).clamp(min=1)).where(present, 0)
+    miou = iou.sum(2) / present.sum(2).clamp(min=1)                                              # (R, draws)
+    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return [miou.quantile(edges, 1).T.tolist(), (miou - miou[0]).quantile(edges, 1).T.tolist()]
 
 
 def evaluate(model, split, size, dtype=None, workers=0, indices=None):
@@ -134,10 +158,11 @@ def main(argv=()):
     print(f"speed: batch 1, {describe_device(device, dtype)}, median of interleaved runs\n", flush=True)
     sizes = measure_speed(rows, networks, split, device, dtype)
     print_table(rows, split.classes, sizes)
-    print(f"images: {args.out}/confusion_NAME.png" + (f", {args.out}/worst_NAME/" if args.save_worst else ""))
+    worst = f", {args.out}/worst_NAME/" if args.save_worst else ""
+    print(f"images: {args.out}/miou.png, {args.out}/confusion_NAME.png{worst}")
     if args.json:
         content = {"split": args.split, "pairs": len(split), "device": device.type, "models": rows}
-        data.write_atomic(args.json, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        data.write_atomic(args.json, json.dumps(content, indent=1).encode())
     return rows
 
 
@@ -151,8 +176,8 @@ def make_rows(args, checkpoints, device, dtype):
     for (path, model, meta), stem in zip(checkpoints, stems, strict=True):
         rows.append({"name": stem if stems.count(stem) == 1 else str(path),
                      "params": sum(p.numel() for p in model.parameters()), "size": Path(path).stat().st_size,
-                     "gmacs": count_gmacs(optimize_for_inference(copy.deepcopy(model), meta["arch"]))})
-        model = optimize_for_inference(model.to(device), meta["arch"], dtype)
+                     "gmacs": count_gmacs(optimize_for_inference(copy.deepcopy(model)))})
+        model = optimize_for_inference(model.to(device), dtype)
         networks.append((model, args.size or meta["size"], False))
     if args.ensemble:
         members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]
@@ -179,7 +204,7 @@ def make_rows(args, checkpoints, device, dtype):
 def score_rows(args, rows, networks, split, dtype):
     """One pass over the split for all rows: adds the scores to `rows` and writes the pictures."""
     classes = split.classes
-    confusions = [0] * len(rows)
+    confusions = torch.zeros(len(rows), len(split), len(classes), len(classes), dtype=torch.int64)
     worst: list = [[] for _ in rows]                          # [(mIoU of the image, index, pred)] of each row
     agreeing, pixels = [0] * len(rows), 0
     # the ensemble's row comes last, before its mirrored one
@@ -188,18 +213,23 @@ def score_rows(args, rows, networks, split, dtype):
     for index, target, preds in data.progress_bar(predictions, "scoring", len(split)):
         pixels += target.numel()
         for n, pred in enumerate(preds):
-            confusion = confusion_matrix(pred, target, len(classes))
-            confusions[n] += confusion
+            confusion = confusion_matrix(pred, target, len(classes)).cpu()
+            confusions[n, index] = confusion
             if ensemble is not None:
                 agreeing[n] += int((pred == preds[ensemble]).sum())
             if args.save_worst and confusion.any():
                 worst[n].append((compute_scores(confusion, classes)["miou_present"], index, pred.cpu()))
                 worst[n] = sorted(worst[n], key=lambda entry: entry[:2])[:args.save_worst]
+    intervals, differences = bootstrap(confusions)
     for n, row in enumerate(rows):
-        row.update(compute_scores(confusions[n], classes))
-        chart = draw_confusion(confusions[n].cpu(), classes, f"{row['name']}, {split.name}")
+        confusion = confusions[n].sum(0)
+        row.update(compute_scores(confusion, classes), interval=intervals[n], difference=differences[n])
+        chart = draw_confusion(confusion, classes, f"{row['name']}, {split.name}")
         data.save_image(Path(args.out) / f"confusion_{file_name(row)}.png", chart)
         save_worst(Path(args.out) / f"worst_{file_name(row)}", worst[n], split)
+    bars = [(row["name"], row["miou_present"], *row["interval"]) for row in rows]
+    title = f"mIoU on {split.name} and its 95 % interval over {len(split)} images"
+    data.save_image(Path(args.out) / "miou.png", draw_bars(bars, title))
     if ensemble is not None:
         for row, count in zip(rows, agreeing, strict=True):
             row["to_ensemble"] = row["miou"] - rows[ensemble]["miou"]
@@ -207,8 +237,7 @@ def score_rows(args, rows, networks, split, dtype):
 
 
 def measure_speed(rows, networks, split, device, dtype):
-    """Adds ms and FPS of predict() to `rows`, at 512x512 and at the first image's size; returns both (h,
-    w)."""
+    """Adds ms and FPS of predict() to `rows`, at 512x512 and the first image's size; returns both."""
     width, height = data.eval_size(*split.sizes[0], networks[0][1])
     sizes = [(512, 512), (height, width)]
     for row in rows:
@@ -227,15 +256,20 @@ def measure_speed(rows, networks, split, device, dtype):
 # ------------------------------------------------------------ the table
 def print_table(rows, classes, sizes):
     """Size and scores, then speed, then IoU, precision and recall by class."""
-    scores = [("miou", "mIoU", ".4f"), ("miou_present", "present", ".4f"),
+    scores = [("miou", "mIoU", ".4f"), ("miou_present", "present", ".4f"), ("miou_union", "union", ".4f"),
               ("pixel_accuracy", "pixel acc", ".4f"), ("to_ensemble", "to ensemble", "+.4f"),
               ("agreement", "agreement", ".4f")]
     scores = [score for score in scores if score[0] in rows[0]]
     lines = [["model", "params M", "GMACs", "MB", *(title for _, title, _ in scores)]]
+    lines[0] += ["95 %", "to the first, 95 %"]
     for row in rows:
         lines.append([row["name"], f"{row['params'] / 1e6:.1f}", f"{row['gmacs']:.1f}",
                       f"{row['size'] / 1e6:.1f}"])
         lines[-1] += [format(row[key], form) for key, _, form in scores]
+        difference = row["miou_present"] - rows[0]["miou_present"]
+        (low, high), (least, most) = row["interval"], row["difference"]
+        lines[-1] += [f"{low:.3f}-{high:.3f}",
+                      "" if row is rows[0] else f"{difference:+.3f} ({least:+.3f} to {most:+.3f})"]
     print_columns(lines)
 
     lines = [["speed"]]
@@ -260,8 +294,7 @@ def print_table(rows, classes, sizes):
 
 
 def print_columns(lines):
-    """Lists of cells: the first column to the left, the others to the right, each as wide as its widest
-    cell."""
+    """Prints lists of cells in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *cells in lines:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
@@ -305,6 +338,24 @@ def draw_confusion(confusion, classes, title):
     return image
 
 
+def draw_bars(rows, title):
+    """A chart of horizontal bars with their intervals: rows is [(name, value, low, high)]."""
+    left, right, height = 24 + max(int(font(15).getlength(name)) for name, *_ in rows), 560, 30
+    image = Image.new("RGB", (left + right + 90, height * len(rows) + 50), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 10), title, INK, font(16))
+    scale = right / max(high for *_, high in rows)
+    for n, (name, value, low, high) in enumerate(rows):
+        y = 40 + height * n
+        draw.text((left - 8, y + 10), name, INK, font(15), anchor="rm")
+        draw.rectangle((left, y, left + scale * value, y + 20), LINE_COLORS[0])
+        draw.line((left + scale * low, y + 10, left + scale * high, y + 10), INK, 2)
+        for edge in (low, high):
+            draw.line((left + scale * edge, y + 5, left + scale * edge, y + 15), INK, 2)
+        draw.text((left + scale * high + 8, y + 10), f"{value:.3f}", INK, font(15), anchor="lm")
+    return image
+
+
 def draw_curves(history, classes, parts):
     """Epoch records -> a picture of loss and parts, mIoU, IoU by class, alpha and learning rate."""
     epochs = [record["epoch"] for record in history]
@@ -338,7 +389,8 @@ def draw_panel(draw, x, y, title, epochs, series, colors=LINE_COLORS):
         return
     low, high = min(0, *known), max(*known, 1e-9)
     step = 10 ** math.floor(math.log10(high - low))           # grid lines at round numbers
-    step = step if (high - low) / step > 4 else step / 2 if (high - low) / step > 2 else step / 5
+    while (high - low) / step < 4:
+        step /= 2
     first, last = math.floor(low / step), math.ceil(high / step)
 
     def place(epoch, value):
@@ -407,7 +459,8 @@ def open_inputs(args):
 
 
 def make_parser():
-    parser = data.Parser(__doc__, "python evaluate.py outputs/*.pth --ensemble --json scores.json")
+    parser = data.Parser(__doc__, "python evaluate.py outputs/*.pth --ensemble --json scores.json",
+                         "%(prog)s [checkpoints] [flags]")
     parser.add_argument("checkpoints", nargs="*", help="without any: the teachers and the student in --out")
     images = data.add_data_flags(parser)
     images.add_argument("--split", default="val", help="folder below --data; . if --data holds Color_Images")

@@ -34,14 +34,13 @@ from torch import nn
 import data
 from data import InputError, RunError
 from evaluate import compute_scores, confusion_matrix, print_columns, time_interleaved
-from models import (add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device, predict,
-                    upsampled_labels)
+from models import (SegFormer, add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device,
+                    predict, upsampled_labels)
 
 
 # ------------------------------------------------------------ labelling files
 def label_files(args, model, meta, device, dtype):
-    """Writes mask and overlay of every input; a file that cannot be read is named, skipped, and an error at
-    the end."""
+    """Writes mask and overlay of every input. Files that cannot be read are named and skipped."""
     classes, out, size = meta["classes"], Path(args.out), args.size or meta["size"]
     inputs = find_inputs(args.inputs)
     endings = ["_mask.png"]
@@ -71,7 +70,7 @@ def label_files(args, model, meta, device, dtype):
         if args.raw:
             data.save_image(out / f"{stem}_ids.png", Image.fromarray(raw_ids[pred]))
     if milliseconds:
-        print(f"{len(milliseconds)} image(s) labelled in {out}, {np.median(milliseconds):.0f} ms an image "
+        print(f"{len(milliseconds)} image(s) labelled in {out}, {np.median(milliseconds):.0f} ms per image "
               f"from file to labels ({device.type})")
     if skipped:
         raise RunError(f"{skipped} of {len(inputs)} files were skipped, named above")
@@ -118,10 +117,10 @@ def output_stems(inputs, out, endings):
 # ------------------------------------------------------------ export to Hugging Face
 def export_folder(model, meta, folder, height, width):
     """config.json with label names, weights in safetensors, preprocessor_config.json for height x width."""
-    if folder.is_file() or (folder.suffix and not folder.is_dir()):
+    if folder.is_file() or folder.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise InputError(f"--export {folder}: is a file or named like one; name a folder, FILE.onnx or "
                          "FILE.int8.onnx")
-    if meta["arch"] == "deeplab":
+    if not isinstance(model, SegFormer):
         raise InputError(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a "
                          ".onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
@@ -144,8 +143,7 @@ def export_folder(model, meta, folder, height, width):
 
 # ------------------------------------------------------------ export to ONNX
 class OnnxForm(nn.Module):
-    """A network with its preprocessing and argmax: uint8 (B, 3, H, W) RGB -> uint8 (B, H, W) class
-    indices."""
+    """A network with preprocessing and argmax: uint8 (B, 3, H, W) RGB -> uint8 (B, H, W) indices."""
 
     def __init__(self, model):
         super().__init__()
@@ -156,8 +154,7 @@ class OnnxForm(nn.Module):
 
 
 def export_onnx(model, path, shape, dynamic=False):
-    """Writes `path`, if it gives torch's labels on noise. shape: (H, W); dynamic: sides chosen at run
-    time."""
+    """Writes `path` if it gives torch's labels. shape: (H, W); dynamic: sides chosen at run time."""
     import_optional("onnx", "onnxscript", "onnxruntime")
     form, image = OnnxForm(model).eval(), torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
     sides = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}} if dynamic else None
@@ -175,7 +172,7 @@ def export_onnx(model, path, shape, dynamic=False):
         if same < 0.999:
             raise RunError(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels and was "
                            "not written; try another torch or onnxruntime")
-    data.write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    data.write_atomic(path, buffer.getvalue())
 
 
 def export_int8(args, model, meta, target, shape):
@@ -191,7 +188,7 @@ def export_int8(args, model, meta, target, shape):
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         export_onnx(model, plain, shape)
         quantize(plain, small, images)
-        data.write_atomic(target, lambda file: file.write(small.read_bytes()))
+        data.write_atomic(target, small.read_bytes())
         for name, path in (("onnx fp32", plain), ("onnx int8", small)):
             session = onnx_session(path.read_bytes())
             rows.append((name, functools.partial(onnx_labels, session), path.stat().st_size))
@@ -225,8 +222,7 @@ def quantize(path, target, images):
 
 
 def compare(split, rows, shape):
-    """Prints mIoU on a split, milliseconds and size of each row (name, labels of a uint8 image, file
-    size)."""
+    """Prints mIoU, milliseconds and size of each row (name, labels of a uint8 image, file size)."""
     classes, (height, width) = split.classes, shape
     confusions = [0] * len(rows)
     for n in range(len(split)):
@@ -235,6 +231,7 @@ def compare(split, rows, shape):
         for k, (_, label, _) in enumerate(rows):
             pred = F.interpolate(label(image)[None], target.shape, mode="nearest-exact")[0, 0]
             confusions[k] += confusion_matrix(pred, target, len(classes))
+    image = torch.zeros(1, 3, height, width, dtype=torch.uint8)
     times = time_interleaved([functools.partial(label, image) for _, label, _ in rows], torch.device("cpu"))
     lines = [["network", "mIoU", "ms", "spread", "MB"]]
     for (name, _, size), confusion, (ms, low, high) in zip(rows, confusions, times, strict=True):
@@ -285,13 +282,15 @@ def export(args, model, meta):
     if args.shape and not dynamic:
         height, width = parse_shape(args.shape)
     if target.suffix != ".onnx":
+        if dynamic:
+            raise InputError("--shape dynamic: is for .onnx files; a Hugging Face folder has fixed sides")
         export_folder(model, meta, target, height, width)
         return
     if int8 and not args.calibrate:
         raise InputError(f"--export {target}: 8 bits need --calibrate DIR, images like those to come")
     if int8 and dynamic:
         raise InputError(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
-    model = optimize_for_inference(model, meta["arch"])
+    model = optimize_for_inference(model)
     if int8:
         export_int8(args, model, meta, target, (height, width))
     else:
@@ -301,7 +300,8 @@ def export(args, model, meta):
 
 
 def make_parser():
-    parser = data.Parser(__doc__, "python infer.py drive/*.png --out labels --raw")
+    parser = data.Parser(__doc__, "python infer.py drive/*.png --out labels --raw",
+                         "%(prog)s [images] [flags]")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     group = add_model_flags(parser)
     group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="the network")
@@ -342,7 +342,7 @@ def main(argv=()):
         export(args, model, meta)
         return
     dtype = amp_dtype(args.amp, device)
-    label_files(args, optimize_for_inference(model.to(device), meta["arch"], dtype), meta, device, dtype)
+    label_files(args, optimize_for_inference(model.to(device), dtype), meta, device, dtype)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     L = a * (kl * KL + cwd * CWD) + (1 - a) * CE + feature * F + attention * A, a = ramp(start, end, progress)
                                     (1 with --hard-weight constant)
 
-CE and KL are sums over pixels, each times its weight. The weights of a step sum to 1 (train_teacher.py sees
-to it), so both are weighted means over the step, in however many micro-batches and processes it was computed.
-The other losses are means over the images of a batch.
+CE and KL are sums over pixels, each times its weight. normalize_weights() in train_teacher.py has scaled the
+weights beforehand, so that these sums are weighted means over a whole step, in however many micro-batches and
+processes it is computed. The other losses are means over the images of a batch.
 
-To add a loss: write it here, add its term to `loss_fn` in distill.py, and a flag for its weight.
+To add a loss: write it here; in distill.py add its term to loss_fn, a flag for its weight, and the flag's
+name to ALPHA_TERMS or STAGE_TERMS.
 
 Letters: B batch, C classes, H W crop sides, h w = H/4 W/4 (the logits' sides), T temperature.
 Label 255 means "ignore".
@@ -54,7 +55,7 @@ def hard_loss(z, target, weight):
     return (weight * F.cross_entropy(z, target, ignore_index=IGNORE, reduction="none")).sum()
 
 
-def soft_loss(z, teacher, T, weight):
+def soft_loss(z, teacher, weight, T):
     """T^2 * KL(teacher / T || student / T), Hinton et al. 2015; z, teacher: (B, C, h, w), weight: (B, h, w).
 
     Returns (loss, number of logits clamped, whether the loss was clamped). logits / T are clamped to +-10 and
@@ -62,15 +63,14 @@ def soft_loss(z, teacher, T, weight):
     z, teacher = z.float() / T, teacher.float() / T
     log_s = z.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).log_softmax(1)
     log_t = teacher.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).log_softmax(1)
-    kl = (log_t.exp() * (log_t - log_s)).sum(1)                                      # (B, h, w)
+    kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1)            # (B, h, w)
     loss = T * T * (weight * kl).sum()
     clamped = (z.detach().abs() > LOGIT_LIMIT) | (teacher.abs() > LOGIT_LIMIT)
     return loss.clamp(0, SOFT_LIMIT), (clamped & (weight > 0)[:, None]).sum(), loss.detach() > SOFT_LIMIT
 
 
 def cwd_loss(z, teacher, weight, T=4.0):
-    """Channel-wise distillation (CWD, Shu et al. 2021, section 3.2); z, teacher: (B, C, h, w), weight: (B, h,
-    w).
+    """Channel-wise distillation, CWD (Shu et al. 2021, section 3.2); shapes as in soft_loss.
 
     T^2 * KL of each class map's softmax over the cells with a weight; mean over images and classes."""
     keep = (weight > 0).flatten(1)[:, None]                                          # (B, 1, h*w)
@@ -78,7 +78,8 @@ def cwd_loss(z, teacher, weight, T=4.0):
     # log_softmax in float32: softmax().log() gives nan in half precision
     log_s = (z.float() / T).flatten(2).masked_fill(~keep, lowest).log_softmax(2)     # (B, C, h*w)
     log_t = (teacher.float() / T).flatten(2).masked_fill(~keep, lowest).log_softmax(2)
-    return T * T * (log_t.exp() * (log_t - log_s)).where(keep, 0).sum(2).mean()
+    kl = F.kl_div(log_s, log_t, reduction="none", log_target=True)
+    return T * T * kl.where(keep, 0).sum(2).mean()
 
 
 # ------------------------------------------------------------ losses on stages

@@ -6,12 +6,14 @@
 At 512x512 with ten classes: SegFormer-B1 13.7 M parameters and 11.0 GMACs (15.3 as transformers writes it),
 SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2 (`python evaluate.py CKPT...`).
 
-To add an architecture: a module whose forward(x, features=False) gives logits at stride 4 and, with
-`features`, a list of four stages; then its name in ARCHS, and a branch in build(), guess_arch() and
-encoder_prefix().
+To add an architecture: a module like DeepLabV3Plus below, with its `encoder` and `memory_format`, whose
+forward(x, features=False) gives logits at stride 4 and, with `features`, also a list of four stages, and
+whose last layer's key begins with "classifier."; then its name in ARCHS, and a branch in build() and
+guess_arch().
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
+import contextlib
 import itertools
 import logging
 import pickle
@@ -28,7 +30,8 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from data import DESERT, MEAN, STD, InputError, brief, check_classes, class_names, normalize, write_atomic
+from data import (DESERT, MEAN, STD, InputError, brief, check_classes, class_names, is_int, normalize,
+                  write_atomic)
 
 SEGFORMERS = {                                   # blocks by stage, widths by stage, D
     "segformer-b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
@@ -38,13 +41,16 @@ SEGFORMERS = {                                   # blocks by stage, widths by st
     "segformer-b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
     "segformer-b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768)}
 ARCHS = ["deeplab", *SEGFORMERS]
-TEACHER_NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}  # their checkpoints' file names
+# file names of the teachers' checkpoints: the original project's, which its users know
+TEACHER_NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}
 
 
 # ------------------------------------------------------------ architectures
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ (Chen et al. 2018) on torchvision's ResNet50 dilated to output stride 16; logits at stride
-    4."""
+    """DeepLabV3+ (Chen et al. 2018) on torchvision's ResNet50, dilated to output stride 16."""
+
+    encoder = "backbone."                        # how the keys of pretrained parameters begin
+    memory_format = torch.channels_last          # convolutional networks are faster with it (the bench)
 
     def __init__(self, classes):
         super().__init__()
@@ -82,7 +88,9 @@ class SegFormer(SegformerForSemanticSegmentation):
     the product of its linear layer and its slice of the fuse weight, then upsampled and added: the same
     logits for half of B3's arithmetic."""
 
-    merged = None  # (four weights, bias) with BatchNorm, see optimize_for_inference
+    encoder = "segformer."
+    memory_format = torch.contiguous_format      # it turns maps into tokens and back
+    merged = None                                # (weights, bias) with BatchNorm, see optimize_for_inference
 
     def forward(self, pixel_values, features=False):
         """(B, 3, H, W) -> (B, C, h, w) logits; with `features` also four stages at strides 4, 8, 16, 32."""
@@ -105,8 +113,7 @@ class SegFormer(SegformerForSemanticSegmentation):
         return (z, list(stages)) if features else z
 
     def merge_head(self):
-        """Four (D, width, 1, 1) weights and one (D,) bias, in float32: a product rounded to bf16 loses
-        digits."""
+        """Four (D, width, 1, 1) weights and a (D,) bias, in float32: bf16 products lose digits."""
         head = self.decode_head
         linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
         weights, bias = [], 0
@@ -119,8 +126,7 @@ class SegFormer(SegformerForSemanticSegmentation):
 
 
 def build(arch, classes, init="random"):
-    """A network of `arch` for a class table. `init`: "random", "imagenet", or a path (see README,
-    "Weights")."""
+    """A network of `arch` for a class table. `init`: "random", "imagenet", or a path, see --init."""
     if arch == "deeplab":
         model = DeepLabV3Plus(len(classes))
         if init == "imagenet":
@@ -128,7 +134,7 @@ def build(arch, classes, init="random"):
             with download_error():
                 state = weights.get_state_dict(progress=True, check_hash=True)
             load_backbone(model, state, "--init imagenet")
-    else:
+    elif arch in SEGFORMERS:
         depths, widths, head_width = SEGFORMERS[arch]
         names = dict(enumerate(class_names(classes)))
         config = SegformerConfig(depths=list(depths), hidden_sizes=list(widths),
@@ -143,17 +149,6 @@ def build(arch, classes, init="random"):
     if init not in ("random", "imagenet"):
         load_file(model, arch, classes, init)
     return model
-
-
-def encoder_prefix(arch):
-    """How the keys of pretrained parameters begin; the others are the head's."""
-    return "backbone." if arch == "deeplab" else "segformer."
-
-
-def memory_format(arch):
-    """channels_last where it is faster (measured with the bench): convolutional networks gain from it,
-    SegFormer, which turns maps into tokens and back, does not."""
-    return torch.channels_last if arch == "deeplab" else torch.contiguous_format
 
 
 # ------------------------------------------------------------ ensemble and prediction
@@ -189,8 +184,7 @@ class Ensemble(nn.Module):
 
 
 def ensemble_weights(value, metas):
-    """--teacher-weights as (K,) or, for "auto", (K, C): a teacher counts for a class by its validation IoU of
-    it.
+    """--teacher-weights as (K,); for "auto" (K, C): each teacher by its validation IoU of each class.
 
     metas: the teachers' meta from load_model."""
     if value == "equal":
@@ -205,8 +199,7 @@ def ensemble_weights(value, metas):
 
 
 def parse_weights(value, count):
-    """"2:1" -> (K,) float64, normalized; InputError for a wrong number of them, negative ones or zeros
-    only."""
+    """"2:1" -> (K,) float64, normalized; InputError unless there are K, none negative, not all 0."""
     try:
         weights = torch.tensor([float(v) for v in value.split(":")], dtype=torch.float64)
     except ValueError:
@@ -218,9 +211,8 @@ def parse_weights(value, count):
 
 
 @torch.no_grad()
-def logits(model, image, dtype=None, flip=False):
-    """Whole images (see data.eval_image), uint8 (B, 3, h, w) -> (B, C, h/4, w/4) float32 on the model's
-    device.
+def compute_logits(model, image, dtype=None, flip=False):
+    """Whole images, uint8 (B, 3, h, w), see data.eval_image -> (B, C, h/4, w/4) float32.
 
     `flip`: the mean over the image and its mirror image."""
     x = normalize(image.to(next(model.parameters()).device, non_blocking=True))
@@ -238,14 +230,14 @@ def predict(model, image, size, dtype=None, flip=False):
     """Whole images, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W).
 
     Validation, evaluate.py and infer.py all come here, so that their labels are equal."""
-    return upsampled_labels(logits(model, image, dtype, flip), size)
+    return upsampled_labels(compute_logits(model, image, dtype, flip), size)
 
 
-def optimize_for_inference(model, arch, dtype=None):
+def optimize_for_inference(model, dtype=None):
     """Eval mode, no gradients, BatchNorm folded into convolutions, weights in `dtype`.
 
     Changes the model for good: its state dict is no longer the checkpoint's."""
-    model = model.eval().requires_grad_(False).to(memory_format=memory_format(arch))
+    model = model.eval().requires_grad_(False).to(memory_format=model.memory_format)
     if isinstance(model, SegFormer):
         weights, bias = model.merge_head()
         norm = model.decode_head.batch_norm
@@ -293,13 +285,12 @@ def load_model(path, arch=None, classes=None, flag=""):
     meta = {"size": 512, "image_size": [960, 540], **meta, "arch": wanted}
     meta["val_iou"] = meta.get("val_iou") or {}
     meta["classes"] = checkpoint_classes(path, state, meta, classes)
-    image_size = meta["image_size"]
-    if not (isinstance(image_size, list) and len(image_size) == 2 and min(map(is_size, image_size))):
-        raise InputError(f"{path}: damaged, its image_size is {image_size!r}; train it again")
-    if not is_size(meta["size"]) or meta["size"] < 32:
-        raise InputError(f"{path}: damaged, its size is {meta['size']!r}; train it again")
-    if not isinstance(meta["val_iou"], dict):
-        raise InputError(f"{path}: damaged, its val_iou is {meta['val_iou']!r}; train it again")
+    sides = meta["image_size"] if isinstance(meta["image_size"], list) else []
+    valid = {"size": is_int(meta["size"], 32, 8192), "val_iou": isinstance(meta["val_iou"], dict),
+             "image_size": len(sides) == 2 and all(is_int(side, 1, 1e6) for side in sides)}
+    for key, good in valid.items():
+        if not good:
+            raise InputError(f"{path}: damaged, its {key} is {meta[key]!r}; train it again")
     normalization = meta.get("mean", list(MEAN)), meta.get("std", list(STD))
     if normalization != (list(MEAN), list(STD)):
         raise InputError(f"{path}: was trained with another normalization {normalization}; train it again")
@@ -308,27 +299,24 @@ def load_model(path, arch=None, classes=None, flag=""):
     return model.eval(), meta
 
 
-def is_size(value):
-    return type(value) is int and value > 0
-
-
 def checkpoint_classes(path, state, meta, classes):
     """The class table to use with a checkpoint: `classes` if given, and then the names must be equal."""
     own = check_classes(meta["classes"], str(path)) if "classes" in meta else classes or DESERT
-    for table in (own, classes or own):
+    wanted = classes or own
+    for table in (own, wanted):
         if len(table) != count_classes(state):
             raise InputError(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; "
                              "give the right --classes FILE")
-    for n, (a, b) in enumerate(zip(class_names(own), class_names(table), strict=True)):
+    for n, (a, b) in enumerate(zip(class_names(own), class_names(wanted), strict=True)):
         if a != b:
             raise InputError(f"{path}: was trained on another class table, its class {n} is {a!r}, not "
                              f"{b!r}; give its own --classes FILE")
-    return table
+    return wanted
 
 
 def read_checkpoint(path, flag=""):
     """(state dict, the rest) of a checkpoint of this project, or of a bare state dict from elsewhere."""
-    content = read_file(path, flag)
+    content = safe_load(path, flag)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     good = isinstance(state, dict) and len(state) > 0
     if not good or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
@@ -338,7 +326,7 @@ def read_checkpoint(path, flag=""):
     return {key.removeprefix("module."): value for key, value in state.items()}, meta
 
 
-def read_file(path, flag=""):
+def safe_load(path, flag=""):
     """torch.load with weights_only=True: plain types only; code in a pickle is refused without being run."""
     where = f"{flag} {path}".strip()
     try:
@@ -368,17 +356,15 @@ def load_weights(model, state, where, what):
 
 
 # ------------------------------------------------------------ pretrained weights
-class download_error:
+@contextlib.contextmanager
+def download_error():
     """A failed download is one line, and never a silent start from random weights."""
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, OSError):
-            raise InputError(f"--init imagenet: the weights cannot be downloaded ({brief(error)}); use "
-                             "--init PATH (a ResNet50 state dict, a folder of mit-bN, or a checkpoint) or "
-                             "--init random") from None
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--init imagenet: the weights cannot be downloaded ({brief(error)}); use --init "
+                         "PATH (a ResNet50 state dict, a folder of mit-bN, or a checkpoint) or --init random"
+                         ) from None
 
 
 def load_backbone(model, state, where):
@@ -458,7 +444,7 @@ def translate(state, model):
 
 
 def is_classifier(key):
-    return key.startswith(("classifier.", "decode_head.classifier."))
+    return key.removeprefix("decode_head.").startswith("classifier.")
 
 
 def count_classes(state):
@@ -490,7 +476,7 @@ def pick_device(name):
     kind, _, number = name.partition(":")
     usable = name == "cpu"
     if kind == "cuda":
-        usable = torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()
+        usable = torch.cuda.is_available() and (number or "0") in map(str, range(torch.cuda.device_count()))
     elif kind == "mps":
         usable = torch.backends.mps.is_available()
     if not usable:
@@ -526,13 +512,12 @@ def describe_device(device, dtype):
 
 
 def add_model_flags(parser, arch=None):
-    """Flags of everything that runs a network. arch: the default of what is trained; None: checkpoints say
-    it."""
+    """Flags of everything that runs a network. arch: the default; None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    group.add_argument("--arch", type=lambda name: name + "-b3" * (name == "segformer"), choices=ARCHS,
-                       default=arch, metavar="ARCH", help="deeplab, segformer-b0 to -b5, or segformer, which "
-                                                          "is b3" + ("" if arch else "; only needed for bare "
-                                                          "state dicts"))
+    which = "deeplab, segformer-b0 to -b5, or segformer, which is b3"
+    group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name),
+                       choices=ARCHS, default=arch, metavar="ARCH",
+                       help=which if arch else f"{which}; only needed for bare state dicts")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu",
                        help="where to compute; auto: the first of cuda, mps, cpu that is available")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",

@@ -252,6 +252,9 @@ def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of):
     split = data.Split(copy_of, "train", data.DESERT)
     assert split.unknown == {4242: 100} and (split.read(0)[1][:10, :10] == 255).all()
     assert split.describe().count("4242") == 1
+    mask[10, :9] = range(1, 10)  # nine more, of a pixel each: the first is the most
+    Image.fromarray(mask).save(path)
+    assert "ignored: 4242 " in data.Split(copy_of, "train", data.DESERT).describe()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "LA", "1"])
@@ -356,6 +359,23 @@ def test_image_and_mask_move_together(tmp_path):
         assert agree.float().mean() > 0.85                    # the rest lies on edges, which bilinear mixes
 
 
+@pytest.mark.parametrize("suffix, width", [(".png", 203), (".jpg", 203), (".jpg", 403)])
+def test_image_and_mask_agree_where_the_image_is_reduced_to_uneven_sides(suffix, width, tmp_path):
+    """Grey rises with x, and so do the labels: after a strong reduction they agree up to the right edge."""
+    for part in ("Color_Images", "Segmentation"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+    x = np.tile(np.arange(width), (90, 1))
+    image = Image.fromarray((x * 250 // width).astype(np.uint8)).convert("RGB")
+    image.save(tmp_path / "train" / "Color_Images" / f"a{suffix}", quality=100)
+    Image.fromarray((x * 250 // width).astype(np.uint8)).save(tmp_path / "train" / "Segmentation" / "a.png")
+    split = data.Split(tmp_path, "train", many_classes(250), "indices")
+    shrink = width / 32                                       # 6.3 and 12.6 image pixels per crop pixel
+    for shift in (0, width - 16 * shrink):
+        crop, target = split.crop(0, 16, np.array([[shrink, 0, shift], [0, shrink, 0]]))
+        valid = target[2] != 255
+        assert (crop[0, 2, valid].float() - target[2, valid].float()).abs().max() <= 4
+
+
 def test_samples_depend_on_seed_epoch_position_only(split):
     dataset = data.TrainDataset(split, 64, seed=3)
     a, b = dataset[2, 5, 1], dataset[2, 5, 1]
@@ -409,10 +429,10 @@ def test_unlabelled_images_fill_their_share_of_each_batch():
         drawn = [index for _, _, index in keys if index >= 9]
         assert len(set(drawn)) == 5 and max(map(drawn.count, drawn)) == 2            # 8 draws of 5 images
     halves = [batches(2, 1, rank=rank, world=2) for rank in (0, 1)]
-    assert sorted(sum(sum(halves, []), [])) == sorted(sum(whole, []))
-    assert sorted(sum(batches(2, 1, accumulate=2), [])) == sorted(sum(whole, []))
-    plain = sum(data.BatchSampler(9, 2, 7, 0, 8), [])         # the order of the pairs is that without them
-    assert [key for key in sum(whole, []) if key[2] < 9] == plain
+    flat = itertools.chain.from_iterable
+    assert sorted(flat(flat(halves))) == sorted(flat(whole)) == sorted(flat(batches(2, 1, accumulate=2)))
+    plain = list(flat(data.BatchSampler(9, 2, 7, 0, 8)))      # the order of the pairs is that without them
+    assert [key for key in flat(whole) if key[2] < 9] == plain
 
 
 def test_cutmix_moves_image_target_teacher_and_weights_together():
@@ -420,8 +440,10 @@ def test_cutmix_moves_image_target_teacher_and_weights_together():
     cells = torch.arange(3 * 8 * 8).view(3, 8, 8)
     pixels = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)                   # 32 x 32
     box = torch.tensor([[0, 0, 0, 0], [8, 4, 20, 16], [0, 0, 32, 32]])
-    batch = data.Batch(pixels[:, None].expand(-1, 3, -1, -1).float(), pixels, None, None, None, box,
-                       {"hard": pixels.float(), "soft": cells.float()}, cells[:, None].expand(-1, 5, -1, -1).float())
+    image = pixels[:, None].expand(-1, 3, -1, -1).float()
+    teacher = cells[:, None].expand(-1, 5, -1, -1).float()
+    weights = {"hard": pixels.float(), "soft": cells.float()}
+    batch = data.Batch(image, pixels, None, None, None, box, weights, teacher)
     mixed = data.cutmix(batch)
     assert torch.equal(mixed.target[0], pixels[0]) and torch.equal(mixed.target[2], pixels[1])
     inside = torch.zeros(32, 32, dtype=torch.bool)
@@ -496,7 +518,7 @@ def hard(z, target, weight):
 
 
 def soft(z, t, target, T):
-    return losses.soft_loss(z, t, T, share(losses.soft_weights(target)))
+    return losses.soft_loss(z, t, share(losses.soft_weights(target)), T)
 
 
 def cwd(z, t, target):
@@ -664,7 +686,7 @@ def test_network_optimized_for_inference_gives_the_same_logits(arch):
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected = model(x)
-        fast = models.optimize_for_inference(copy.deepcopy(model), arch)
+        fast = models.optimize_for_inference(copy.deepcopy(model))
         assert torch.allclose(fast(x), expected, atol=1e-3 * expected.abs().max())
         assert torch.equal(model(x), expected)                # the copy left the original alone
     assert not any(p.requires_grad for p in fast.parameters())
@@ -822,6 +844,33 @@ def test_scores_by_hand_and_as_scikit_learn():
     assert [v for v in scores["iou"].values() if v is not None] == pytest.approx(list(jaccard))
 
 
+def test_union_miou_counts_a_class_that_is_only_predicted():
+    """Three classes: the first right in 3 of 4 pixels, the second never in a mask but predicted once."""
+    table = [{"name": n, "id": i, "color": [0, 0, 0]} for i, n in enumerate("abc")]
+    scores = evaluate.compute_scores(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]]), table)
+    assert (scores["miou"], scores["miou_union"], scores["miou_present"]) == (0.25, 0.375, 0.75)
+
+
+def test_bootstrap_by_hand():
+    """Two images; the first network is right on both, the second on the first image only.
+
+    A draw holds the first image 0, 1 or 2 times with odds 1/4, 1/2, 1/4, so the second network's mIoU over
+    two classes is 0, 1/3 or 1: IoU of 1 of (1 + 2 - 1) pixels for each class where one image is wrong."""
+    right, wrong = torch.eye(2, dtype=torch.int64), torch.eye(2, dtype=torch.int64).flip(0)
+    networks = torch.stack([torch.stack([right, right]), torch.stack([right, wrong])])
+    intervals, differences = evaluate.bootstrap(networks)
+    assert intervals == [[1, 1], [0, 1]] and differences == [[0, 0], [-1, 0]]
+    rng = np.random.default_rng(0)
+    many = torch.from_numpy(rng.integers(0, 9, (1, 400, 3, 3)))
+    (low, high), = evaluate.bootstrap(many)[0]
+    table = [{"name": n, "id": i, "color": [0, 0, 0]} for i, n in enumerate("abc")]
+    draws = []
+    for _ in range(1000):                                     # the same, image by image
+        sample = many[0, rng.integers(0, 400, 400)].sum(0)
+        draws.append(evaluate.compute_scores(sample, table)["miou_present"])
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist(), abs=2e-3)
+
+
 def test_one_matrix_for_the_split_equals_the_sum_over_images(trained, scenes):
     model, _ = models.load_model(trained[0] / "best_student.pth")
     split = data.Split(scenes, "val", data.DESERT)
@@ -838,7 +887,7 @@ def test_one_matrix_for_the_split_equals_the_sum_over_images(trained, scenes):
 
 def test_gmacs_are_counted_after_the_rewrite():
     b1 = models.build("segformer-b1", data.DESERT).eval()
-    fast = models.optimize_for_inference(b1, "segformer-b1")
+    fast = models.optimize_for_inference(b1)
     assert evaluate.count_gmacs(fast) == pytest.approx(11.0, abs=0.2)
     stock = transformers.SegformerForSemanticSegmentation(b1.config).eval()
     assert evaluate.count_gmacs(stock) == pytest.approx(15.3, abs=0.3)
@@ -852,6 +901,14 @@ def test_a_chart_of_two_classes_holds_its_title():
     chart = evaluate.draw_confusion(torch.eye(2), data.DESERT[:2], "a network with a long name, val")
     image = np.asarray(chart)
     assert (image[4:22, -12:] == 255).all() and (image[4:22] != 255).any()
+
+
+def test_bars_are_as_long_as_their_values():
+    chart = np.asarray(evaluate.draw_bars([("a", 0.25, 0.2, 0.3), ("longer name", 0.5, 0.4, 0.6)], "title"))
+    blue = (chart == evaluate.LINE_COLORS[0]).all(2)
+    lengths = [int(blue[row].sum()) for row in (42, 72)]      # above the line of the interval
+    assert lengths[1] == pytest.approx(560 * 0.5 / 0.6, abs=2)
+    assert lengths[1] == pytest.approx(2 * lengths[0], abs=2)
 
 
 def test_a_legend_of_many_classes_stays_inside_the_image():
@@ -925,17 +982,17 @@ def test_cached_maps_follow_the_samples_own_affine_map(squares, tmp_path):
 
 def test_cache_resumes_and_is_rebuilt_when_stale(squares, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model, seen, once = models.build("segformer-b0", data.DESERT).eval(), [], distill.logits
+    model, seen, once = models.build("segformer-b0", data.DESERT).eval(), [], distill.compute_logits
 
     def interrupted(*args):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(1)
         return once(*args)
-    monkeypatch.setattr(distill, "logits", interrupted)
+    monkeypatch.setattr(distill, "compute_logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_cache(tmp_path, squares, model)
-    monkeypatch.setattr(distill, "logits", lambda *args: seen.append(1) or once(*args))
+    monkeypatch.setattr(distill, "compute_logits", lambda *args: seen.append(1) or once(*args))
     seen.clear()
     first = make_cache(tmp_path, squares, model).values.copy()
     assert len(seen) == 2                                     # two were done before the interruption
@@ -991,7 +1048,7 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
         network.eval()                                        # BatchNorm and dropout see the batch otherwise
         z = network(batch.image)
         own = {"hard": losses.hard_loss(z, batch.target, batch.weights["hard"]),
-               "soft": losses.soft_loss(z, batch.teacher, 2.0, batch.weights["soft"])[0],
+               "soft": losses.soft_loss(z, batch.teacher, batch.weights["soft"], 2.0)[0],
                "cwd": losses.cwd_loss(z, batch.teacher, batch.weights["soft"])}
         return sum(own.values()), own
 
@@ -1199,8 +1256,8 @@ def test_init_teacher_copies_an_even_choice_of_blocks():
 
 def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_path):
     for how, share in (("ramp", 0.5), ("constant", 1.0)):
-        argv = flags(data=scenes, out=tmp_path / how, **B0, steps=1, teachers=trained[1], alpha=0.5, hard_weight=how)
-        _, (record,) = distill.main(argv)
+        changes = {"out": tmp_path / how, "alpha": 0.5, "hard_weight": how}
+        _, (record,) = distill.main(flags(data=scenes, **B0, steps=1, teachers=trained[1], **changes))
         assert record["loss"] == pytest.approx(share * record["hard"] + 0.5 * record["soft"], rel=1e-5)
 
 
@@ -1329,6 +1386,28 @@ def test_refused_run_leaves_the_teacher_cache_alone(changed, word, trained, scen
     assert kept == {end: (tmp_path / f"teacher_cache.{end}").read_bytes() for end in kept}
 
 
+def test_settings_may_change_where_nothing_was_trained_yet(scenes, tmp_path, monkeypatch):
+    """As after a step that ran out of memory, whose message says to lower the batch."""
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, out_of_memory)
+        with pytest.raises(data.RunError, match="out of memory"):
+            train_teacher.main(flags(data=scenes, **B0, out=tmp_path, steps=2))
+    changes = {"batch_size": 2, "accumulate": 2}
+    _, history = train_teacher.main(flags(**{"data": scenes, **B0, "out": tmp_path, "steps": 2, **changes}))
+    assert history[-1]["step"] == 2
+
+
+def test_resuming_needs_no_first_weights(scenes, trained, tmp_path, capsys):
+    shutil.copy(trained[1][1], tmp_path / "first.pth")
+    argv = flags(**{"data": scenes, **B0, "out": tmp_path, "steps": 2, "init": tmp_path / "first.pth"})
+    train_teacher.main(argv)
+    (tmp_path / "first.pth").unlink()
+    train_teacher.main(argv)
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_overwrite_keeps_the_old_state_until_the_new_one_is_written(scenes, tmp_path, monkeypatch):
     """Another process may look at the files later; what it finds then is the new run's."""
     argv = flags(data=scenes, **B0, out=tmp_path, steps=2)
@@ -1400,14 +1479,16 @@ def test_damaged_records_of_a_run(scenes, tmp_path, fails):
     fails(train_teacher.main, argv, "checkpoints", "--overwrite")
 
 
-def test_a_run_with_unlabelled_images_and_cutmix_resumes_with_the_same_bits(trained, scenes, unlabelled, tmp_path,
-                                                                            monkeypatch):
+def test_unlabelled_images_and_cutmix_resume_with_the_same_bits(trained, scenes, unlabelled, tmp_path,
+                                                                monkeypatch):
+    how = {"unlabelled": unlabelled, "cutmix": 0.7, "soft_weights": "balanced", "hard_weight": "constant",
+           "teachers": trained[1][1], "cache_teachers": True, "epochs": 2}
+
     def argv(out):
-        how = {"unlabelled": unlabelled, "cutmix": 0.7, "soft_weights": "balanced", "hard_weight": "constant"}
-        return flags(data=scenes, **B0, out=tmp_path / out, epochs=2, teachers=trained[1][1], cache_teachers=True,
-                     **how)
+        return flags(data=scenes, **B0, out=tmp_path / out, **how)
     whole, history = distill.main(argv("whole"))
-    assert [r["step"] for r in history] == [6, 12] and history[-1]["soft_unlabelled"] > 0  # 12 pairs, 2 a step
+    assert [r["step"] for r in history] == [6, 12]            # 12 pairs, 2 of them a step
+    assert history[-1]["soft_unlabelled"] > 0
     with monkeypatch.context() as patch:
         at_step(patch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(train_teacher.Stopped):
@@ -1559,9 +1640,12 @@ def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, ca
     assert [row["name"] for row in rows] == names
     assert all(word in said for word in ("GMACs", "agreement", "<50 ms", "512x512", "threads", *names))
     content = json.loads((tmp_path / "scores.json").read_text())
-    keys = {"name", "params", "gmacs", "miou", "miou_present", "pixel_accuracy", "iou", "ms", "fps", "size"}
+    keys = {"name", "params", "gmacs", "miou", "miou_present", "miou_union", "pixel_accuracy", "iou", "ms",
+            "fps", "size", "interval", "difference"}
     assert keys <= content["models"][0].keys()
     assert rows[6]["agreement"] == 1 and rows[6]["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
+    assert rows[0]["difference"] == [0, 0] and rows[0]["interval"][0] <= rows[0]["miou_present"] + 0.05
+    assert (tmp_path / "miou.png").exists() and "to the first, 95 %" in said
     charts = {f"confusion_{name.replace(' + ', '_')}.png" for name in names}
     assert {p.name for p in tmp_path.glob("confusion_*.png")} == charts
     assert len(list((tmp_path / "worst_best_student").glob("*.png"))) == 2
@@ -1842,7 +1926,7 @@ def test_help_says_each_default_that_the_parser_has(capsys):
         distill.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for action in distill.make_parser()._actions:
-        if action.default not in (None, False, argparse.SUPPRESS):
+        if action.default not in (None, [], argparse.SUPPRESS) and action.default is not False:
             assert f"(default: {action.default})" in text, action.dest
 
 
@@ -2013,10 +2097,12 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "no teachers": (kd(), ["--teachers out/deep_lab.pth", "no such file"]),
     "cache and features": (kd(cache_teachers=True, feature=1, teachers="DEEPLAB"),
                            ["--cache-teachers", "--feature"]),
-    "unlabelled nowhere": (kd(unlabelled="nowhere", teachers="DEEPLAB"), ["--unlabelled nowhere", "no such folder"]),
+    "unlabelled nowhere": (kd(unlabelled="nowhere", teachers="DEEPLAB"),
+                           ["--unlabelled nowhere", "no such folder"]),
     "unlabelled empty": (kd(unlabelled="FOLDER", teachers="DEEPLAB"), ["--unlabelled", "holds no images"]),
     "unlabelled alone": (kd(unlabelled="FOLDER", alpha=0), ["--unlabelled", "--alpha"]),
-    "unlabelled share": (kd(unlabelled="FOLDER", unlabelled_share=1), ["--unlabelled-share 1", "--batch-size 8"]),
+    "unlabelled share": (kd(unlabelled="FOLDER", unlabelled_share=1),
+                         ["--unlabelled-share 1", "--batch-size 8"]),
     "cutmix and features": (kd(cutmix=0.5, feature=1, teachers="DEEPLAB"), ["--cutmix", "--feature"]),
     "no checkpoints": (scores("nowhere.pth"), ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (scores("DEEPLAB", ensemble=True, teacher_weights="1:2"),
@@ -2030,6 +2116,8 @@ BAD_FLAGS = {                                    # words in capitals stand for p
                                    ["--calibrate", ".int8.onnx"]),
     "shape without an export": (labels("FOLDER", shape="64x96", checkpoint="STUDENT"),
                                 ["--shape 64x96", "--export"]),
+    "dynamic folder": (labels(export="hf", shape="dynamic", checkpoint="STUDENT"),
+                       ["--shape dynamic", ".onnx"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
     "int8 with no such split": (labels(**INT8, calibrate="SCENES", split="zz"), ["zz"]),
@@ -2415,7 +2503,7 @@ def test_faster_than_transformers_pipeline_and_stock_b3(trained, tmp_path, capsy
     dtype = models.amp_dtype("auto", CPU)
 
     def fast(arch, model=None):
-        return models.optimize_for_inference(model or models.build(arch, data.DESERT), arch, dtype)
+        return models.optimize_for_inference(model or models.build(arch, data.DESERT), dtype)
     student = fast("segformer-b1", models.load_model(checkpoint)[0])
     b3, deeplab = fast("segformer-b3"), fast("deeplab")
     in_fp32 = models.load_model(checkpoint)[0]
@@ -2510,7 +2598,7 @@ def bench(folder, size, batch_size, rounds):
     batch, class_weight = data.augment_on_device(raw, CPU), data.class_weights(split.counts)
     teachers = {}
     for arch in ("deeplab", "segformer-b3"):
-        teachers[arch] = models.optimize_for_inference(models.build(arch, data.DESERT), arch, dtype)
+        teachers[arch] = models.optimize_for_inference(models.build(arch, data.DESERT), dtype)
     ensemble = models.Ensemble(list(teachers.values()), torch.ones(2))
     cache = distill.TeacherCache(folder, {"bench": 0}, split, size)
     cache.build(ensemble, ALONE, dtype, 0)

@@ -37,7 +37,7 @@ from data import InputError, RunError
 from evaluate import compute_scores, draw_curves, evaluate
 from losses import hard_loss, hard_weights
 from models import (TEACHER_NAMES, add_model_flags, amp_dtype, autocast, build, describe_device,
-                    encoder_prefix, memory_format, optimize_for_inference, pick_device, read_file, save_model)
+                    optimize_for_inference, pick_device, safe_load, save_model)
 
 COUNTERS = ("logits_clamped", "soft_clamped")  # parts of a loss that are counted over an epoch, not averaged
 CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
@@ -45,7 +45,7 @@ CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
 
 # ------------------------------------------------------------ the training loop
 def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
-    """Trains `model`; returns it with its last weights, in eval mode, and one record an epoch.
+    """Trains `model`; returns it with its last weights, in eval mode, and one record per epoch.
 
     state: from State.load
     prepare: batch of the loader -> the batch on the device, with targets and pixel weights
@@ -59,7 +59,7 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
     total = min(args.epochs * steps_per_epoch, args.steps or math.inf)
 
     model, network = to_training(model, args, world, adapters)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.arch, args.lr, adapters), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, adapters), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     header = describe_run(model, args, train, val, world, dtype, total, steps_per_epoch)
@@ -73,7 +73,7 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
                               world.rank, world.size, odds, (unlabelled, train.unlabelled))
     dataset = data.TrainDataset(train, args.size, args.seed, args.cutmix)
     loader = data.load(dataset, order, args.workers, device.type == "cuda")
-    clock, saved_at = Clock(device, step_images), time.monotonic()
+    clock, signals, saved_at = Clock(device, step_images), Signals(), time.monotonic()
     nonfinite_in_a_row = torch.zeros((), device=device)
     bar = tqdm(total=total, initial=state.step, desc=state.name, disable=world.rank > 0,
                mininterval=data.bar_seconds())
@@ -100,7 +100,7 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
         report(state, train.classes, bar)
         clock.restart()
 
-    with Signals() as signals, bar, out_of_memory_error(args):
+    with signals, bar, out_of_memory_error(args):
         try:
             if epoch_ends() and state.step > state.recorded_step():
                 end_epoch()                                   # the last command was stopped in its validation
@@ -110,6 +110,7 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
                     group["lr"] = rate * group["lr_factor"]
                 with clock.waiting():
                     raw_batches = [next(loader) for _ in range(args.accumulate)]
+                # all targets first: what their weights are divided by is known only then
                 batches = [prepare(batch) for batch in raw_batches]
                 normalize_weights(batches, world)
                 # kept, because a skipped step must leave no trace in BatchNorm either
@@ -126,14 +127,17 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
 
                 scaler.unscale_(optimizer)
                 finite = nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
-                # fused AdamW skips the step where found_inf is 1: decided on the device, nothing waits for it
+                # as GradScaler does: fused AdamW skips the step where found_inf is 1. Decided on the device,
+                # so that nothing waits; but MPS' AdamW does not look at it
                 optimizer.found_inf = (~finite).float()
-                optimizer.step()
+                if device.type != "mps" or finite:
+                    optimizer.step()
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 for buffer, before in zip(model.buffers(), buffers, strict=True):
                     buffer.copy_(buffer.where(finite, before))
                 state.step += 1
+                clock.steps += 1
 
                 add_to_sums(state.sums, parts, finite)
                 nonfinite_in_a_row = (nonfinite_in_a_row + 1).where(~finite, 0)
@@ -169,21 +173,22 @@ def learning_rate(step, total, peak):
     return peak * min(1.0, (step + 1) / warmup) * (1 - step / total)
 
 
-def parameter_groups(model, arch, lr, adapters=None):
+def parameter_groups(model, lr, adapters=None):
     """AdamW groups: head and adapters at ten times the encoder's rate, no decay on norms and biases."""
     named = [*model.named_parameters(), *(adapters.named_parameters() if adapters is not None else ())]
     groups: dict = {}
     for name, parameter in named:
-        key = 1 if name.startswith(encoder_prefix(arch)) else 10, 0.01 if parameter.ndim > 1 else 0.0
-        groups.setdefault(key, []).append(parameter)
+        factor = 1 if name.startswith(model.encoder) else 10
+        decay = 0.01 if parameter.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
     return [{"params": group, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
-            for (factor, decay), group in sorted(groups.items())]
+            for (factor, decay), group in groups.items()]
 
 
 def to_training(model, args, world, adapters=None):
     """(model, network): the model on the device, in training mode, and what the loss calls, which is the
     model itself, or wrapped in DistributedDataParallel, or compiled."""
-    model.to(world.device, memory_format=memory_format(args.arch)).train()
+    model.to(world.device, memory_format=model.memory_format).train()
     if adapters is not None:
         adapters.to(world.device).train()
     network = model
@@ -192,6 +197,7 @@ def to_training(model, args, world, adapters=None):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if gpu else model
         devices = [world.device.index] if gpu else None
         network = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        # adapters are no part of the network that DistributedDataParallel wraps
         for parameter in adapters.parameters() if adapters is not None else ():
             parameter.register_hook(average_over_processes)
     if args.compile:
@@ -233,7 +239,7 @@ def validate(model, val, args, world, dtype):
     if world.size > 1:                                        # BatchNorm's buffers differ on CPU
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    frozen = optimize_for_inference(copy.deepcopy(model), args.arch, dtype)
+    frozen = optimize_for_inference(copy.deepcopy(model), dtype)
     indices = range(world.rank, len(val), world.size)
     return compute_scores(evaluate(frozen, val, args.size, dtype, args.workers, indices), val.classes)
 
@@ -247,14 +253,14 @@ def add_parts(parts, own, micro_batches):
 
 
 def add_to_sums(sums, parts, finite):
-    """Adds a step to the epoch's {name: 0-d tensor}, which stay on the device. Skipped steps count as
-    such."""
+    """Adds a step, unless it was skipped, to the epoch's {name: 0-d tensor}, on the device."""
     exact = torch.float32 if finite.device.type == "mps" else torch.float64
-    for name, value in {**parts, "steps": 1, "skipped": 0}.items():
+    for name, value in parts.items():
         if not isinstance(value, torch.Tensor):
             value = torch.full((), value, device=finite.device)
-        value = value.to(exact).where(finite, 1 if name == "skipped" else 0)
-        sums[name] = sums.get(name, 0) + value
+        sums[name] = sums.get(name, 0) + value.to(exact).where(finite, 0)
+    sums["steps"] = sums.get("steps", 0) + finite.to(exact)
+    sums["skipped"] = sums.get("skipped", 0) + (~finite).to(exact)
 
 
 def over_processes(sums, world):
@@ -273,12 +279,12 @@ def epoch_means(sums, world):
     means: dict = {"alpha": 0.0}
     for name, value in sums.items():
         means[name] = value if name in COUNTERS else value / steps if steps else None
-    return {**means, "skipped": skipped}
+    parts = [name for name in means if name not in ("alpha", "loss", *COUNTERS)]
+    return {**means, "skipped": skipped, "parts": parts}
 
 
 class Clock:
-    """Times an epoch's training, without its validation: the only figures in which a resumed run may
-    differ."""
+    """Times an epoch's training without its validation; a resumed run differs in these figures only."""
 
     def __init__(self, device, step_images):
         self.device, self.step_images = device, step_images
@@ -291,11 +297,10 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Around the wait for the loader, once a step."""
+        """Around the wait for the loader."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
-        self.steps += 1
 
     def read(self):
         seconds = time.perf_counter() - self.start
@@ -304,8 +309,7 @@ class Clock:
 
 
 def peak_memory(device):
-    """MiB: what torch took on a GPU at most, elsewhere what the process did; None where it cannot be
-    known."""
+    """MiB: of torch on a GPU, of the process elsewhere; None where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -337,7 +341,7 @@ class State:
         self.meta = {"arch": args.arch, "classes": train.classes, "size": args.size,
                      "image_size": list(train.sizes[0]), "args": as_json(vars(args))}
         self.step, self.best, self.done = 0, -1.0, False
-        self.history: list[dict] = []                         # one record an epoch
+        self.history: list[dict] = []                         # one record per epoch
         self.sums: dict = {}                                  # of the present epoch, see add_to_sums
         self.header: dict = {}                                # the first line of the log
 
@@ -401,6 +405,10 @@ class State:
         save_model(path, self.model, **self.meta, epoch=last.get("epoch", 0), val_miou=last.get("val_miou"),
                    val_iou=last.get("val_iou") or {}, **extra)
 
+    def init(self, flag):
+        """--init, or "random" where saved weights will replace the first ones anyway."""
+        return "random" if self.saved else flag
+
     def recorded_step(self):
         return self.history[-1]["step"] if self.history else 0
 
@@ -416,8 +424,8 @@ def find_saved(last_path, best_path, settings):
                              "DIR keeps it")
         return None
     try:
-        saved = read_file(last_path)
-        old, done = saved["training"]["settings"], saved["training"]["done"]
+        saved = safe_load(last_path)
+        old, done, step = (saved["training"][key] for key in ("settings", "done", "step"))
         changed = sorted(key for key in old.keys() | settings if old.get(key) != settings.get(key))
     except (InputError, KeyError, TypeError, AttributeError):
         raise InputError(f"{last_path}: is damaged or no state of a run; --overwrite starts again, --out DIR "
@@ -428,6 +436,8 @@ def find_saved(last_path, best_path, settings):
         flag = key if key in ("processes", "data", "transformers") else f"--{key.replace('_', '-')}"
         values = f"was {str(old.get(key))[:40]}, now {str(settings.get(key))[:40]}"
         texts.append(f"{flag} ({unprintable.get(key, values)})")
+    if texts and step == 0:                                   # nothing was trained, so nothing is lost
+        return None
     if texts:
         raise InputError(f"{last_path}: the saved run had other settings: {', '.join(texts)}; --overwrite "
                          "starts again, --out DIR keeps both")
@@ -448,7 +458,7 @@ def describe_run(model, args, train, val, world, dtype, total, steps_per_epoch):
                 "torchvision": str(torchvision.__version__), "transformers": transformers.__version__}
     images = args.batch_size * args.accumulate * world.size
     batch = (f"batch {args.batch_size} x {args.accumulate} accumulated x {world.size} process(es) = "
-             f"{images}, {steps_per_epoch} steps an epoch")
+             f"{images}, {steps_per_epoch} steps per epoch")
     return {"run": {"args": as_json(vars(args)), "steps": total, "batch": batch, "processes": world.size,
                     "versions": versions, "device": describe_device(world.device, dtype),
                     "machine": platform.machine(), "parameters": sum(p.numel() for p in model.parameters()),
@@ -460,7 +470,7 @@ def write_log(state):
     """Writes the whole log, each epoch once: torn lines and epochs that were not kept disappear."""
     if state.world.rank == 0:
         lines = "".join(json.dumps(entry) + "\n" for entry in (state.header, *state.history))
-        data.write_atomic(state.best_path.with_suffix(".jsonl"), lambda file: file.write(lines.encode()))
+        data.write_atomic(state.best_path.with_suffix(".jsonl"), lines.encode())
 
 
 def report(state, classes, bar):
@@ -470,8 +480,8 @@ def report(state, classes, bar):
         return
     last = state.history[-1]
     parts = []
-    for key in ("hard", "soft", "soft_unlabelled", "cwd", "feature", "attention"):
-        if key in last and last[key] != last["loss"]:         # equal ones would hide each other
+    for key in last["parts"]:
+        if last[key] != last["loss"]:                         # equal lines would hide each other
             parts.append(key)
     name = "training_curves.png" if state.name == "best_student" else f"{state.name}_curves.png"
     data.save_image(state.best_path.with_name(name), draw_curves(state.history, classes, parts))
@@ -494,6 +504,10 @@ class World(NamedTuple):
     def print(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+    def barrier(self):
+        """Returns when all processes have come here."""
+        self.max(0)
 
     def max(self, *values):
         """The largest of each value over all processes, as integers."""
@@ -519,8 +533,7 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def join_processes(device_flag):
-    """Joins the processes that torchrun started, by nccl on GPUs and gloo elsewhere; yields this one's
-    World."""
+    """Joins the processes that torchrun started (nccl on GPUs, else gloo); yields this one's World."""
     device, size = pick_device(device_flag), int(os.environ.get("WORLD_SIZE", "1"))
     torch.backends.cudnn.benchmark = True                     # all crops have one size
     if size == 1:
@@ -547,7 +560,7 @@ class Interrupt(Exception):
         self.number = number
 
 
-class Stopped(InputError):
+class Stopped(data.CommandError):
     """A run that a signal ended, and that can be resumed; the exit status is the shell's, 130 or 143."""
 
     def __init__(self, message, number):
@@ -651,9 +664,9 @@ def add_train_flags(parser):
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs")
     group.add_argument("--steps", type=number(int, 1), metavar="N", help="end after N steps")
-    group.add_argument("--batch-size", type=number(int, 1), default=8, help="images a process and forward")
+    group.add_argument("--batch-size", type=number(int, 1), default=8, help="images per process and forward")
     group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
-                       help="forwards a step: N times the batch in the same memory")
+                       help="forwards per step: N times the batch in the same memory")
     group.add_argument("--lr", type=number(float, 1e-12, 1), default=6e-5,
                        help="AdamW's peak rate for the encoder; the head has ten times it")
     group.add_argument("--class-weights", choices=["median", "sqrt", "none"], default="median",
@@ -682,7 +695,7 @@ def main(argv=()):
         train, val, class_weight = open_data(args, world)
         state = State.load(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
-        model = build(args.arch, train.classes, args.init)
+        model = build(args.arch, train.classes, state.init(args.init))
 
         def prepare(batch):
             batch = data.augment_on_device(batch, world.device)
