@@ -1,8 +1,9 @@
 """Distils a light student from the weighted ensemble of its teachers.
 
-    python distill.py --T 2 --alpha 0.3:0.7  # outputs/{deep_lab,best_model}.pth -> best_student.pth
-    python distill.py --cache-teachers  # the teachers see each image once, not each crop
-    python distill.py --demo                                  # everything in miniature, on drawn images
+    python distill.py --T 2 --alpha 0.3:0.7      # outputs/{deep_lab,best_model}.pth -> best_student.pth
+    python distill.py --cache-teachers           # the teachers see each image once, not each crop
+    python distill.py --unlabelled DIR           # images without masks join in: the teachers label them
+    python distill.py --demo                     # everything in miniature, on drawn images
 
     image --+--> DeepLabV3+ ----+--> weighted mean --> teacher logits --+
             +--> SegFormer-B3 --+                                       +--> KL at temperature T --- a ----+
@@ -96,22 +97,22 @@ def make_loss(args, adapters=None):
             parts["cwd"] = cwd_loss(z, batch.teacher, batch.weights["soft"])
             loss = loss + alpha * args.cwd * parts["cwd"]
         if args.feature:
-            parts["feature"] = mean_over_teachers(feature_loss, stages, batch.teacher_stages, adapters)
+            parts["feature"] = mean_over_stages(feature_loss, stages, batch.teacher_stages, adapters)
             loss = loss + args.feature * parts["feature"]
         if args.attention:
-            parts["attention"] = mean_over_teachers(attention_loss, stages, batch.teacher_stages)
+            parts["attention"] = mean_over_stages(attention_loss, stages, batch.teacher_stages)
             loss = loss + args.attention * parts["attention"]
         return loss, parts
     return loss_fn
 
 
-def mean_over_teachers(loss, stages, teachers, adapters=None):
-    """The mean of loss(student's stages, a teacher's stages), the former adapted to the latter's widths."""
-    losses = []
+def mean_over_stages(loss, stages, teachers, adapters=None):
+    """The mean of loss(student's stage, teacher's stage) over all stages of all teachers."""
+    values = []
     for k, teacher_stages in enumerate(teachers):
-        own = stages if adapters is None else [adapt(s) for adapt, s in zip(adapters[k], stages, strict=True)]
-        losses.append(loss(own, teacher_stages))
-    return sum(losses) / len(losses)
+        for n, (own, theirs) in enumerate(zip(stages, teacher_stages, strict=True)):
+            values.append(loss(own if adapters is None else adapters[k][n](own), theirs))
+    return sum(values) / len(values)
 
 
 # ------------------------------------------------------------ teachers
@@ -451,7 +452,7 @@ def main(argv=()):
             digests, teachers = load_teachers(args)
         train, val, class_weight = open_data(args, world)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
-        state = State.load(name, args, world, train, val, digests)                   # may refuse to go on
+        state = State(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         init = state.init(args.init)
         student = build(args.arch, train.classes, "random" if init == "teacher" else init)

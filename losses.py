@@ -82,31 +82,25 @@ def cwd_loss(z, teacher, weight, T=4.0):
     return T * T * kl.where(keep, 0).sum(2).mean()
 
 
-# ------------------------------------------------------------ losses on stages
-def feature_loss(stages, teacher_stages):
-    """Mean squared difference of stage features, each position scaled to unit length over its channels.
+# ------------------------------------------------------------ losses on a stage
+def feature_loss(student, teacher):
+    """Mean squared difference of a stage's features, each position scaled to unit length over its channels.
 
-    Lists of (B, width, h, w) with equal widths. FitNets' hint (Romero et al. 2015) with the normalization of
-    later work, so that one weight serves every stage and teacher."""
-    losses = []
-    for student, teacher in zip(stages, teacher_stages, strict=True):
-        student = F.normalize(student.float(), dim=1)
-        teacher = F.normalize(resized(teacher.float(), student), dim=1)
-        losses.append((student - teacher).square().sum(1).mean())
-    return sum(losses) / len(losses)
+    (B, width, h, w) of equal widths. FitNets' hint (Romero et al. 2015) with the normalization of later work,
+    so that one weight serves every stage and teacher."""
+    student = F.normalize(student.float(), dim=1)
+    teacher = F.normalize(resized(teacher.float(), student), dim=1)
+    return (student - teacher).square().sum(1).mean()
 
 
-def attention_loss(stages, teacher_stages):
-    """Attention transfer (Zagoruyko and Komodakis 2017, equation 2); lists of (B, width, h, w) of any widths.
+def attention_loss(student, teacher):
+    """Attention transfer (Zagoruyko and Komodakis 2017, equation 2); (B, width, h, w) of any widths.
 
-    The squared distance of normalized energy maps, summed over positions, mean over images and stages."""
-    losses = []
-    for student, teacher in zip(stages, teacher_stages, strict=True):
-        student = energy(student)
-        teacher = resized(energy(teacher), student)
-        student, teacher = F.normalize(student.flatten(1), dim=1), F.normalize(teacher.flatten(1), dim=1)
-        losses.append((student - teacher).square().sum(1).mean())
-    return sum(losses) / len(losses)
+    The squared distance of normalized energy maps, summed over positions, mean over images."""
+    student = energy(student)
+    teacher = resized(energy(teacher), student)
+    student, teacher = F.normalize(student.flatten(1), dim=1), F.normalize(teacher.flatten(1), dim=1)
+    return (student - teacher).square().sum(1).mean()
 
 
 def energy(stage):
@@ -116,6 +110,4 @@ def energy(stage):
 
 def resized(feature, like):
     """`feature` at the size of `like`: teachers' strides differ."""
-    if feature.shape[2:] == like.shape[2:]:
-        return feature
     return F.interpolate(feature, like.shape[2:], mode="bilinear", align_corners=False)

@@ -28,6 +28,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from data import (DESERT, MEAN, STD, InputError, brief, check_classes, class_names, is_int, normalize,
@@ -57,8 +58,8 @@ class DeepLabV3Plus(nn.Module):
         self.backbone = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
         del self.backbone.fc
         self.aspp = ASPP(2048, [6, 12, 18], 256)
-        self.low_level = conv_block(256, 48, 1)
-        self.decoder = nn.Sequential(conv_block(48 + 256, 256, 3), conv_block(256, 256, 3))
+        self.low_level = Conv2dNormActivation(256, 48, 1)
+        self.decoder = nn.Sequential(Conv2dNormActivation(48 + 256, 256), Conv2dNormActivation(256, 256))
         self.classifier = nn.Conv2d(256, classes, 1)
 
     def forward(self, x, features=False):
@@ -73,11 +74,6 @@ class DeepLabV3Plus(nn.Module):
         deep = F.interpolate(self.aspp(x), low.shape[2:], mode="bilinear", align_corners=False)
         z = self.classifier(self.decoder(torch.cat([low, deep], 1)))
         return (z, stages) if features else z
-
-
-def conv_block(inputs, outputs, kernel):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-                         nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class SegFormer(SegformerForSemanticSegmentation):

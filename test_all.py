@@ -574,7 +574,7 @@ def test_ignored_pixels_give_no_gradient(function):
 
 @pytest.mark.parametrize("function", [
     lambda z, t, target: soft(z, t, target, 2.0)[0], cwd,
-    lambda z, t, target: losses.feature_loss([z], [t]), lambda z, t, target: losses.attention_loss([z], [t])])
+    lambda z, t, target: losses.feature_loss(z, t), lambda z, t, target: losses.attention_loss(z, t)])
 def test_distillation_of_a_model_against_itself_is_zero(function):
     z = torch.randn(2, 4, 8, 8)
     assert abs(function(z, z.clone(), torch.zeros(2, 32, 32, dtype=torch.long)).item()) < 1e-6
@@ -590,7 +590,7 @@ def test_losses_are_finite_in_half_precision(dtype, scale):
     target[0] = 255                                           # one image without a valid pixel
     loss, clamped, _ = soft(z, t, target, 2.0)
     total = loss + cwd(z, t, target) + hard(z, target, torch.ones(4))
-    total = total + losses.feature_loss([z], [t]) + losses.attention_loss([z], [t])
+    total = total + losses.feature_loss(z, t) + losses.attention_loss(z, t)
     total.backward()
     assert total.dtype == torch.float32 and total.isfinite() and z.grad.isfinite().all()
     assert (clamped > 0) == (scale > 1)
@@ -635,12 +635,12 @@ def test_cwd_loss_by_hand():
 def test_feature_and_attention_loss_by_hand():
     s = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
     t = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
-    assert losses.feature_loss([s], [t]).item() == pytest.approx(2 * 0.2**2)  # (.6, .8) against (.8, .6)
+    assert losses.feature_loss(s, t).item() == pytest.approx(2 * 0.2**2)  # (.6, .8) against (.8, .6)
     s = torch.tensor([[3.0, 0.0], [4.0, 0.0]]).T.reshape(1, 2, 1, 2)                 # energies 9/2 and 16/2
     t = torch.tensor([[1.0, 1.0]]).reshape(1, 1, 1, 2)
     length, half = math.hypot(9, 16), 1 / math.sqrt(2)
     expected = (9 / length - half) ** 2 + (16 / length - half) ** 2
-    assert losses.attention_loss([s], [t]).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.attention_loss(s, t).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_ramp_and_learning_rate():
@@ -1066,7 +1066,7 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", keep_gradients)
         patch.setattr(torch.optim, "AdamW", keep_optimizer)
-        state = train_teacher.State.load("a", args, world, train, val)
+        state = train_teacher.State("a", args, world, train, val)
         functions = prepare or prepare_with_teacher, loss_fn or three_losses
         _, history = train_teacher.fit(model, state, *functions, train, val, args, world)
     return model, kept["gradients"], history[-1], kept["optimizer"]
@@ -2581,7 +2581,7 @@ def steps_of_fit(args, split, ask_teachers, folder, steps):
         starts.append(time.perf_counter())
         return prepare(batch)
     args = argparse.Namespace(**{**vars(args), "out": folder, "steps": steps + 3})
-    state = train_teacher.State.load("bench", args, ALONE, split, split)
+    state = train_teacher.State("bench", args, ALONE, split, split)
     model = models.build("segformer-b1", data.DESERT)
     train_teacher.fit(model, state, timed_prepare, distill.make_loss(args), split, split, args, ALONE)
     return [1000 * (b - a) for a, b in itertools.pairwise(starts)][2:]

@@ -9,7 +9,8 @@ Everything random is drawn from (seed, step), so the saved state needs no random
 with the same bits as an uninterrupted one (on CPU, with as many threads).
 
 Measured on 203 real pairs at --size 128 from random weights, 60 epochs on one CPU core in bf16: DeepLabV3+
-mIoU .380 in 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (.github/RESULTS.md). """
+mIoU .380 in 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (.github/RESULTS.md).
+"""
 import contextlib
 import copy
 import json
@@ -39,15 +40,15 @@ from losses import hard_loss, hard_weights
 from models import (TEACHER_NAMES, add_model_flags, amp_dtype, autocast, build, describe_device,
                     optimize_for_inference, pick_device, safe_load, save_model)
 
-COUNTERS = ("logits_clamped", "soft_clamped")  # parts of a loss that are counted over an epoch, not averaged
-CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
+COUNTERS = ("logits_clamped", "soft_clamped")    # parts of a loss that are added over an epoch, not averaged
+CHECK_EVERY = 10                                 # steps between two looks at values on the device, which wait
 
 
 # ------------------------------------------------------------ the training loop
 def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
     """Trains `model`; returns it with its last weights, in eval mode, and one record per epoch.
 
-    state: from State.load
+    state: where the run stands and what it writes
     prepare: batch of the loader -> the batch on the device, with targets and pixel weights
     loss_fn: (network, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress goes 0 -> 1
     adapters: a module that is trained too but is no part of the checkpoint"""
@@ -119,7 +120,9 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
                 parts: dict = {}
                 for micro, batch in enumerate(batches):
                     torch.manual_seed(data.seed_for("dropout", args.seed, state.step, micro, world.rank))
-                    with averaged_gradients(network, micro == args.accumulate - 1):
+                    # DistributedDataParallel averages gradients over processes in the last backward only
+                    local = world.size > 1 and micro < args.accumulate - 1
+                    with network.no_sync() if local else contextlib.nullcontext():
                         with autocast(device, dtype):
                             loss, own_parts = loss_fn(network, batch, state.step / max(1, total - 1))
                         scaler.scale(loss / args.accumulate).backward()
@@ -199,22 +202,11 @@ def to_training(model, args, world, adapters=None):
         network = DistributedDataParallel(model, devices, broadcast_buffers=False)
         # adapters are no part of the network that DistributedDataParallel wraps
         for parameter in adapters.parameters() if adapters is not None else ():
-            parameter.register_hook(average_over_processes)
+            parameter.register_hook(lambda gradient: world.sum(gradient) / world.size)
     if args.compile:
         world.print("--compile: the first step takes minutes (2 for SegFormer-B0 on one core)")
         network = torch.compile(network)
     return model, network
-
-
-def average_over_processes(gradient):
-    gradient = gradient.clone()
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
-
-
-def averaged_gradients(network, last):
-    """DistributedDataParallel averages over processes in the last backward of a step, not in each."""
-    return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()
 
 
 def normalize_weights(batches, world):
@@ -224,9 +216,7 @@ def normalize_weights(batches, world):
     A loss that sums over weighted pixels is then a mean over the whole step: two half batches, or two
     processes with half a batch each, give the gradient of the whole."""
     names = sorted(batches[0].weights)
-    sums = torch.stack([sum(batch.weights[name].sum() for batch in batches) for name in names])
-    if world.size > 1:
-        dist.all_reduce(sums)
+    sums = world.sum(torch.stack([sum(batch.weights[name].sum() for batch in batches) for name in names]))
     averages = (sums / (len(batches) * world.size)).clamp(min=1e-8)
     for batch in batches:
         for name, average in zip(names, averages, strict=True):
@@ -263,18 +253,9 @@ def add_to_sums(sums, parts, finite):
     sums["skipped"] = sums.get("skipped", 0) + (~finite).to(exact)
 
 
-def over_processes(sums, world):
-    """The sums of all processes."""
-    if world.size == 1 or not sums:
-        return sums
-    values = torch.stack(list(sums.values()))
-    dist.all_reduce(values)
-    return dict(zip(sums, values, strict=True))
-
-
 def epoch_means(sums, world):
     """{name: number} of an epoch: means over the steps that were not skipped; counters stay sums."""
-    sums = {name: float(value) for name, value in over_processes(sums, world).items()}
+    sums = {name: float(world.sum(value)) for name, value in sums.items()}
     steps, skipped = sums.pop("steps"), sums.pop("skipped") / world.size
     means: dict = {"alpha": 0.0}
     for name, value in sums.items():
@@ -344,18 +325,9 @@ class State:
         self.history: list[dict] = []                         # one record per epoch
         self.sums: dict = {}                                  # of the present epoch, see add_to_sums
         self.header: dict = {}                                # the first line of the log
-
-    @classmethod
-    def load(cls, name, args, world, train, val, teachers=()):
-        """What the same command left behind, or a fresh state; InputError if its settings were others.
-
-        teachers: digests of their files."""
-        state = cls(name, args, world, train, val, teachers)
-        state.saved = None if args.overwrite else find_saved(state.last_path, state.best_path, state.settings)
-        if state.saved:
-            for key in ("step", "best", "done", "history", "sums", "header"):
-                setattr(state, key, state.saved["training"][key])
-        return state
+        self.saved = None if args.overwrite else find_saved(self.last_path, self.best_path, self.settings)
+        for key in ("step", "best", "done", "history", "sums", "header") if self.saved else ():
+            setattr(self, key, self.saved["training"][key])
 
     def start(self, model, optimizer, scaler, adapters, header):
         """Takes what is trained, and puts the saved weights back into it."""
@@ -392,8 +364,8 @@ class State:
     def save(self):
         """Writes `last_path`. Every process calls this, since the sums of all are added; rank 0 writes."""
         training = {"step": self.step, "best": self.best, "done": self.done, "history": self.history,
-                    "sums": over_processes(self.sums, self.world), "header": self.header,
-                    "settings": self.settings}
+                    "sums": {name: self.world.sum(value) for name, value in self.sums.items()},
+                    "header": self.header, "settings": self.settings}
         if not self.done:
             training["optimizer"], training["scaler"] = self.optimizer.state_dict(), self.scaler.state_dict()
             training["adapters"] = self.adapters.state_dict() if self.adapters is not None else {}
@@ -504,6 +476,13 @@ class World(NamedTuple):
     def print(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes."""
+        tensor = tensor.clone()
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def barrier(self):
         """Returns when all processes have come here."""
@@ -693,7 +672,7 @@ def main(argv=()):
     args = parser.parse_args(argv)
     with join_processes(args.device) as world:
         train, val, class_weight = open_data(args, world)
-        state = State.load(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
+        state = State(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
         model = build(args.arch, train.classes, state.init(args.init))
 
