@@ -2401,8 +2401,8 @@ data.run_command(train_teacher.main)""")
 def warning_filters_after_joining(rank, folder, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     before = list(warnings.filters)
-    with train_teacher.join_processes("cpu"):
-        pass
+    with train_teacher.join_processes("cpu") as world:
+        world.barrier()                                       # neither leaves before the other has come
     (folder / str(rank)).write_text(str(list(warnings.filters) == before))
 
 
@@ -2690,7 +2690,7 @@ def test_real_pairs_train_and_score(tmp_path):
 def test_real_images_through_every_script(tmp_path):
     """DeepLab, SegFormer-B0 and a cached B1 for a few steps, their table with the ensemble, labels, an
     export."""
-    out, common = tmp_path / "out", {"data": REAL, **TINY, "steps": 10, "out": tmp_path / "out"}
+    out, common = tmp_path / "out", {"data": REAL, **TINY, "steps": 20, "out": tmp_path / "out"}
     train_teacher.main(flags(arch="deeplab", **common))
     train_teacher.main(flags(arch="segformer-b0", **common))
     teachers, student = [out / "deep_lab.pth", out / "segformer-b0.pth"], out / "best_student.pth"
