@@ -458,6 +458,9 @@ def main(argv=()):
         student = build(args.arch, train.classes, "random" if init == "teacher" else init)
         if init == "teacher":
             start_from_teacher(student, [model for model, _ in teachers])
+        if args.init == "random" and not args.unlabelled and needs_teachers(args):
+            world.print("note: from random weights, with a label on every image, these losses made students "
+                        "worse than training alone; --init teacher helps, and so does --unlabelled DIR")
         adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None
         ask_teachers = None
         if needs_teachers(args) and not state.done:           # a finished run needs no cache

@@ -1261,6 +1261,13 @@ def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_pat
         assert record["loss"] == pytest.approx(share * record["hard"] + 0.5 * record["soft"], rel=1e-5)
 
 
+def test_a_setting_that_was_measured_to_lose_says_so(trained, scenes, unlabelled, tmp_path, capsys):
+    common = {"data": scenes, **B0, "steps": 1, "teachers": trained[1][1]}
+    for name, extra in (("plain", {}), ("more", {"unlabelled": unlabelled}), ("alone", {"alpha": 0})):
+        distill.main(flags(out=tmp_path / name, **common, **extra))
+        assert ("note: from random weights" in capsys.readouterr().out) == (name == "plain")
+
+
 def test_training_images_among_the_unlabelled_are_not_taken_twice(scenes, copy_of, unlabelled):
     folder = copy_of / "train" / "Color_Images"
     split = data.Split(copy_of, "train", data.DESERT, unlabelled=[folder, unlabelled][1:])
