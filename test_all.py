@@ -257,6 +257,80 @@ def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of):
     assert "ignored: 4242 " in data.Split(copy_of, "train", data.DESERT).describe()
 
 
+def in_colors(path, mode="RGB"):
+    """Rewrites a mask of raw ids in the desert's colours."""
+    indices = data.lookup_table(data.DESERT, "ids")[np.asarray(Image.open(path))]
+    if mode == "P":                                           # values 120 to 129, neither ids nor indices
+        image = Image.fromarray(120 + indices)
+        image.putpalette(np.roll(data.palette(data.DESERT), 120, 0).tobytes())
+    else:
+        image = Image.fromarray(data.palette(data.DESERT)[indices]).convert(mode)
+    image.save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_masks_in_colours_equal_those_of_ids_to_the_bit(mode, scenes, split, copy_of, tmp_path):
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path, mode)
+    colored = data.Split(copy_of, "train", data.DESERT, out=tmp_path)
+    again = data.Split(copy_of, "train", data.DESERT, "colors", tmp_path)            # from the kept scan
+    for found in (colored, again):
+        assert found.label_format == "colors" and "colours" in found.describe() and not found.unknown
+        assert torch.equal(found.counts, split.counts)
+        assert torch.equal(data.class_weights(found.counts), data.class_weights(split.counts))
+        dataset = data.TrainDataset(found, 64, 0)
+        for n in range(3):
+            assert np.array_equal(found.read(n)[1], split.read(n)[1])
+            for a, b in zip(dataset[2, n, n], data.TrainDataset(split, 64, 0)[2, n, n], strict=True):
+                assert torch.equal(a, b)
+    assert colored.digest == again.digest
+
+
+def test_training_on_masks_in_colours_gives_the_weights_of_ids(scenes, copy_of, tmp_path, fails):
+    for path in copy_of.glob("*/Segmentation/*"):
+        in_colors(path)
+    argv = {**B0, "steps": 2}
+    model, history = train_teacher.main(flags(data=scenes, out=tmp_path / "ids", **argv))
+    other, records = train_teacher.main(flags(data=copy_of, out=tmp_path / "colors", **argv))
+    assert states_equal(model.state_dict(), other.state_dict())
+    assert [without_times(r) for r in history] == [without_times(r) for r in records]
+    fails(train_teacher.main, flags(data=copy_of, out=tmp_path / "colors", masks="ids", **argv),
+          "holds colours", "--masks ids")
+    fails(train_teacher.main, flags(data=scenes, out=tmp_path / "ids", masks="colors", **argv),
+          "scene0000.png", "no colour of a class", "alike")
+
+
+def test_palette_masks_of_known_indices_are_read_as_indices(scenes, split, copy_of, fails, tmp_path):
+    """As infer.py writes them; one whose colours say otherwise is refused, unless --masks decides."""
+    paths = sorted((copy_of / "train" / "Segmentation").iterdir())
+    for n, path in enumerate(paths):
+        data.index_image(split.read(n)[1], data.DESERT).save(path)
+    found = data.Split(copy_of, "train", data.DESERT)
+    assert found.label_format == "indices" and torch.equal(found.counts, split.counts)
+    colored = data.Split(copy_of, "train", data.DESERT, "colors")
+    assert torch.equal(colored.counts, split.counts)
+    image = Image.fromarray(9 - split.read(0)[1])             # the same colours in the opposite order
+    image.putpalette(data.palette(data.DESERT)[:10][::-1].tobytes())
+    image.save(paths[0])
+    fails(data.main, flags(data=copy_of, out=tmp_path), paths[0], "--masks indices", "--masks colors")
+    assert torch.equal(data.Split(copy_of, "train", data.DESERT, "colors").counts, split.counts)
+    assert torch.equal(data.Split(copy_of, "train", data.DESERT, "indices").counts[0],
+                       split.counts[0].flip(0))
+
+
+def test_unknown_colours_are_ignored_counted_and_reported(split, copy_of):
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path)
+    path = split.pairs[0][1].name
+    mask = np.asarray(Image.open(copy_of / "train" / "Segmentation" / path)).copy()
+    mask[:10, :10] = (0, 0, 255)                              # packed, this is the 255 of other formats
+    Image.fromarray(mask).save(copy_of / "train" / "Segmentation" / path)
+    found = data.Split(copy_of, "train", data.DESERT)
+    assert found.unknown == {(0, 0, 255): 100} and (found.read(0)[1][:10, :10] == 255).all()
+    assert int(found.counts[0].sum()) == int(split.counts[0].sum()) - 100
+    assert found.describe().count("(0, 0, 255)") == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "LA", "1"])
 def test_images_of_any_mode_load_as_rgb(mode, tmp_path):
     values = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
@@ -307,6 +381,16 @@ def test_pairs_repeated_by_links_count_twice(copy_of):
         (copy_of / "train" / part / "zz.png").symlink_to("scene0000.png")
     split = data.Split(copy_of, "train", data.DESERT)
     assert len(split) == 13 and torch.equal(split.counts[0], split.counts[12])
+
+
+def test_two_classes_of_one_colour_are_refused_where_masks_hold_colours(split, copy_of):
+    table = [dict(entry) for entry in data.DESERT]
+    table[6]["color"] = [196, 140, 96]
+    assert torch.equal(data.Split(copy_of, "train", table).counts, split.counts)
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path)
+    with pytest.raises(data.InputError, match=r"Logs and Landscape .*color, \[196, 140, 96\]"):
+        data.Split(copy_of, "train", table)
 
 
 # ------------------------------------------------------------ augmentation and order
@@ -1966,6 +2050,14 @@ def all_masks(change):
     return apply
 
 
+def all_colors(change, but_one=False):
+    def apply(folder):
+        for path in sorted((folder / "train" / "Segmentation").iterdir())[but_one:]:
+            in_colors(path)
+            convert(lambda values: change(values).astype(np.uint8))(path)
+    return apply
+
+
 def empty(folder):
     for part in ("Color_Images", "Segmentation"):
         for path in (folder / "train" / part).iterdir():
@@ -2019,7 +2111,16 @@ BAD_DATA = {
     "truncated image": (image(truncate), ["scene0000.png", "damaged image"]),
     "truncated mask": (mask(truncate), ["scene0000.png", "damaged mask"]),
     "text as png": (image(lambda p: p.write_text("hello")), ["scene0000.png", "cannot be read"]),
-    "rgb mask": (mask(blank(192, 108)), ["scene0000.png", "mode RGB", "greyscale"]),
+    "one rgb mask": (mask(blank(192, 108)), ["scene0001.png", "must not mix"]),
+    "rgb masks of numbers": (all_masks(lambda m: np.dstack([m // 100, m // 100, m // 100]).astype(np.uint8)),
+                             ["scene0000.png", "no colour", "--classes"]),
+    "colours of a JPEG": (all_colors(lambda m: np.random.default_rng(0).integers(0, 256, (108, 192, 3))),
+                          ["scene0000.png", "more than 100 colours", "JPEG"]),
+    "one of ids among colours": (all_colors(lambda m: m, but_one=True), ["scene0000.png", "must not mix"]),
+    "transparent mask": (mask(lambda p: Image.new("RGBA", (192, 108), (0, 0, 0, 9)).save(p)),
+                         ["scene0000.png", "transparent"]),
+    "grey mask with alpha": (mask(lambda p: Image.new("LA", (192, 108)).save(p)),
+                             ["scene0000.png", "mode LA", "greyscale"]),
     "high byte": (all_masks(high_byte), ["high byte", "depth unchanged"]),
     "clipped": (all_masks(clip), ["clipped at 255", "depth unchanged"]),
     "modulo": (all_masks(lambda m: (m & 255).astype(np.uint8)), ["modulo 256", "depth unchanged"]),
