@@ -317,7 +317,7 @@ class Split:
         paths = [mask for _, mask in self.pairs]
         self.label_format = find_label_format([set(values) for _, values, _ in found], paths, classes, masks,
                                               [set(colors) for _, _, colors in found])
-        self.in_colors, packed = self.label_format == "colors", packed_colors(classes)
+        self.in_colors = self.label_format == "colors"
         self.lookup = lookup_table(classes, self.label_format)
         self.counts = torch.zeros(len(found), len(classes), dtype=torch.int64)
         self.unknown: dict = {}
@@ -332,9 +332,11 @@ class Split:
                 elif value != IGNORE or self.in_colors:
                     value = tuple(value.to_bytes(3, "big")) if self.in_colors else value
                     self.unknown[value] = self.unknown.get(value, 0) + pixels
-            by_number = dict(zip(packed, self.counts[n].tolist(), strict=True))
-            if (masks is None and not self.in_colors and colors and colors.keys() <= by_number.keys()
-                    and colors != {color: pixels for color, pixels in by_number.items() if pixels}):
+            by_number = dict.fromkeys(packed_colors(classes), 0)  # {colour: pixels} that the numbers mean
+            for color, pixels in zip(packed_colors(classes), self.counts[n].tolist(), strict=True):
+                by_number[color] += pixels
+            if masks is None and not self.in_colors and colors and colors.keys() <= by_number.keys() and any(
+                    colors.get(color, 0) != pixels for color, pixels in by_number.items()):
                 raise InputError(f"{paths[n]}: its numbers and its palette's colours name different classes; "
                                  f"say --masks {self.label_format} or --masks colors")
         content += [(image.stem, size) for (image, _), size in zip(without_mask, self.sizes[len(self):],
@@ -624,8 +626,7 @@ def scan_pair(pair):
     """((width, height), {number: pixels}, {colour: pixels}) of one pair; InputError where the two files do
     not fit.
 
-    A palette mask holds numbers and colours, others one kind only; of colours at most MAX_COLORS + 1 are
-    kept. The mask of an unlabelled image is None."""
+    A palette mask holds both, others one kind only. The mask of an unlabelled image is None."""
     image, mask = pair
     if mask is None:
         return read_image(image).size, {}, {}
@@ -642,7 +643,7 @@ def scan_pair(pair):
         numbers = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
     if mode in COLOR_MODES:
         found, counts = np.unique(read_mask(mask, colors=True), return_counts=True)
-        colors = dict(zip(found[:MAX_COLORS + 1].tolist(), counts.tolist(), strict=False))
+        colors = dict(zip(found[:256].tolist(), counts.tolist(), strict=False))      # a palette has no more
     return size, numbers, colors
 
 

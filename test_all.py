@@ -318,6 +318,15 @@ def test_palette_masks_of_known_indices_are_read_as_indices(scenes, split, copy_
                        split.counts[0].flip(0))
 
 
+def test_palette_masks_of_many_classes_and_of_classes_of_one_colour_are_read_as_numbers(copy_of):
+    table, labels = many_classes(250), np.arange(108 * 192, dtype=np.uint32).reshape(108, 192) % 250
+    for classes in (table, [{**entry, "color": [0, 0, 0]} for entry in table]):
+        for path in (copy_of / "train" / "Segmentation").iterdir():
+            data.index_image(labels, classes).save(path)
+        found = data.Split(copy_of, "train", classes)
+        assert found.label_format != "colors" and np.array_equal(found.read(0)[1], labels)
+
+
 def test_unknown_colours_are_ignored_counted_and_reported(split, copy_of):
     for path in (copy_of / "train" / "Segmentation").iterdir():
         in_colors(path)
@@ -391,6 +400,73 @@ def test_two_classes_of_one_colour_are_refused_where_masks_hold_colours(split, c
         in_colors(path)
     with pytest.raises(data.InputError, match=r"Logs and Landscape .*color, \[196, 140, 96\]"):
         data.Split(copy_of, "train", table)
+
+
+# ------------------------------------------------------------ a share of train/ as validation
+NAMES = [*(f"cc{n}" for n in range(1, 11)), *(f"mt{n}" for n in range(1, 5)), "x1"]
+
+
+def stems(split):
+    return [image.stem for image, _ in split.pairs]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder without val/: ten pairs of one run of names, four of another, one of a third."""
+    labels = np.kron(np.arange(10, dtype=np.uint8).reshape(2, 5), np.ones((16, 16), np.uint8))
+    for part in ("Color_Images", "Segmentation"):
+        (tmp_path / "runs" / "train" / part).mkdir(parents=True)
+    for n, name in enumerate(NAMES):
+        image = Image.fromarray(data.palette(data.DESERT)[np.roll(labels, n, 1)])
+        image.save(tmp_path / "runs" / "train" / "Color_Images" / f"{name}.png")
+        Image.fromarray(np.roll(labels, n, 1)).save(tmp_path / "runs" / "train" / "Segmentation" / f"{name}.png")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("share, val", [
+    (0.15, ["cc9", "cc10", "mt4"]),                           # 1.5 of 10 rounds up; .6 of 4 to 1; a lone x1 never
+    (0.01, ["cc10", "mt4"]),                                  # at least one of each run with two or more
+    (0.5, ["cc6", "cc7", "cc8", "cc9", "cc10", "mt3", "mt4"])])
+def test_the_last_share_of_each_run_of_names_validates(share, val, runs):
+    train, held = (data.Split(runs, name, data.DESERT, val_share=share) for name in ("train", "val"))
+    assert stems(held) == val and stems(train) == [name for name in NAMES if name not in val]
+    assert held.images == [image for image, _ in held.pairs] and len(held.counts) == len(val)
+    said = held.describe()
+    assert f"--val-share {share}" in said and "train/" in said and all(name in said for name in val[-1:])
+
+
+def test_a_share_is_the_same_in_all_scripts_and_another_one_is_another_run(runs, tmp_path, fails, capsys):
+    argv = {**B0, "data": runs, "out": tmp_path / "o", "steps": 1, "batch_size": 2}
+    _, history = train_teacher.main(flags(**argv, val_share=0.15))
+    said = capsys.readouterr().out
+    assert "train: 12 pairs" in said and "val: 3 pairs" in said
+    rows = evaluate.main(flags(tmp_path / "o" / "segformer-b0.pth", data=runs, out=tmp_path / "o", **PLAIN,
+                               val_share=0.15))
+    assert rows[0]["iou"] == history[-1]["val_iou"]
+    train_teacher.main(flags(**argv, val_share=0.15))
+    assert "finished already" in capsys.readouterr().out
+    fails(train_teacher.main, flags(**argv, val_share=0.3), "--val-share (was 0.15, now 0.3)")
+    data.main(flags(data=runs, out=tmp_path, size=32, val_share=0.3))
+    said = capsys.readouterr().out
+    assert "train: 11 pairs" in said and "val: 4 pairs" in said
+    shutil.copytree(runs / "train", runs / "val")
+    fails(train_teacher.main, flags(**argv), "--val-share (was 0.15, now None)")
+    fails(train_teacher.main, flags(**argv, val_share=0.15), "--val-share 0.15", runs / "val", runs / "train")
+
+
+def test_pairs_held_for_validation_are_not_taken_as_images_without_labels(runs):
+    folder = runs / "train" / "Color_Images"
+    with pytest.raises(data.InputError, match="only images that have a mask"):
+        data.Split(runs, "train", data.DESERT, unlabelled=[folder], val_share=0.5)
+
+
+def test_a_share_needs_runs_of_names(runs, fails, tmp_path, trained):
+    argv = {"data": runs, "out": tmp_path, "size": 32}
+    fails(train_teacher.main, flags(data=runs, **B0, out=tmp_path), runs / "val", "--val-share")
+    fails(evaluate.main, flags(trained[1][1], **argv, split="test", val_share=0.15), "--split test", "--val-share")
+    for n, path in enumerate(sorted(runs.glob("train/*/*"))):
+        path.rename(path.with_name(f"{chr(97 + n % len(NAMES))}1.png"))
+    fails(data.main, flags(**argv, val_share=0.15), "--val-share 0.15", "runs of names")
 
 
 # ------------------------------------------------------------ augmentation and order
