@@ -19,11 +19,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -300,15 +302,16 @@ class Split:
     mask; sizes: [(width, height)] of them; counts: (N, C) pixels; label_format: see find_label_format;
     unknown: {value, or (r, g, b), that is in no class: pixels}; digest: of names, sizes and label counts,
     wherever the folder lies. Raises InputError for files that do not fit. `out`: a folder that keeps the
-    scan, see scan_pairs."""
+    scan, see scan_pairs. `val_share`: "train" and "val" are parts of train/, see divide_pairs."""
 
-    def __init__(self, root, name, classes, masks=None, out=None, unlabelled=()):
-        self.classes, self.name = classes, name
-        self.pairs = find_pairs(root, name)
+    def __init__(self, root, name, classes, masks=None, out=None, unlabelled=(), val_share=None):
+        self.classes, self.name, self.val_share = classes, name, val_share
+        in_folder = find_pairs(root, "train" if val_share else name)
+        self.pairs = divide_pairs(in_folder, root, name, val_share) if val_share else in_folder
         scan_file = Path(out) / f"scan_{(Path(root) / name).absolute().name}.json" if out else None
         found = scan_pairs(self.pairs, scan_file)
         self.images = [image for image, _ in self.pairs]
-        without_mask = [(image, None) for image in find_unlabelled(unlabelled, self.images)]
+        without_mask = [(image, None) for image in find_unlabelled(unlabelled, in_folder)]
         self.images += [image for image, _ in without_mask]
         self.sizes = [size for size, _, _ in found]
         self.sizes += [size for size, _, _ in scan_pairs(without_mask, scan_file and scan_file.with_name(
@@ -350,6 +353,10 @@ class Split:
         """One line, and a second one where labels are unknown."""
         kinds = {"ids": "raw ids", "indices": "class indices", "colors": "colours"}
         text = f"{self.name}: {len(self)} pairs, masks hold {kinds[self.label_format]}"
+        if self.val_share:
+            runs = Counter(run_of(image) for image, _ in self.pairs)
+            listed = ", ".join(f"{run} {count}" for run, count in runs.most_common(8))
+            text += f"; of train/ by --val-share {self.val_share}, pairs by run of names: {listed}"
         if self.unlabelled:
             text += f"; {self.unlabelled} images without labels"
         if self.unknown:
@@ -549,6 +556,9 @@ def find_data(flag=None):
 def find_pairs(root, split):
     """[(image path, mask path)] of `root/split`, in order of their stems."""
     folder = Path(root) / split
+    if split == "val" and not folder.exists():
+        raise InputError(f"{folder}: No such file or directory; --val-share 0.15 validates on a part of "
+                         "train/ instead")
     images = list_files(folder / "Color_Images", IMAGE_SUFFIXES)
     masks = list_files(folder / "Segmentation", MASK_SUFFIXES)
     if not images and not masks:
@@ -561,9 +571,40 @@ def find_pairs(root, split):
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
-def find_unlabelled(folders, known):
-    """The image files of folders without masks, but for those in `known`, which have one."""
-    known = {path.resolve() for path in known}
+def divide_pairs(pairs, root, name, share):
+    """The part `name`, "train" or "val", of the `pairs` of train/: the last `share` of each run validates.
+
+    A run is a drive: names with the same letters before the first digit, in order of their numbers. It gives
+    one block, since neighbouring frames are nearly equal; at least one pair of two."""
+    if name not in ("train", "val"):
+        raise InputError(f"--split {name}: --val-share {share} divides train/ into train and val; name one")
+    if (Path(root) / "val").exists():
+        raise InputError(f"--val-share {share}: divides {Path(root) / 'train'}, but {Path(root) / 'val'} "
+                         "exists too; leave out the flag, or move that folder away")
+    runs: dict[str, list] = {}
+    for image, mask in pairs:
+        runs.setdefault(run_of(image), []).append((image, mask))
+    held = set()
+    for run in runs.values():
+        # by numbers: cc9 comes before cc10
+        run.sort(key=lambda pair: [int(part) if part.isdecimal() else part
+                                   for part in re.split(r"(\d+)", pair[0].stem)])
+        if len(run) > 1:
+            held.update(run[-max(1, int(share * len(run) + 0.5)):])
+    if not held:
+        raise InputError(f"--val-share {share}: {Path(root) / 'train'} holds no runs of names, such as cc1 "
+                         "cc2, to take the last part of; make val/ by hand")
+    return [pair for pair in pairs if (pair in held) == (name == "val")]
+
+
+def run_of(path):
+    """The letters before the first digit of a file's name: "cc0000016.png" -> "cc"."""
+    return re.split(r"\d", path.stem)[0]
+
+
+def find_unlabelled(folders, pairs):
+    """The image files of folders without masks, but for those of `pairs`, which have one."""
+    known = {image.resolve() for image, _ in pairs}
     found = []
     for folder in folders:
         if not Path(folder).is_dir():
@@ -899,6 +940,9 @@ def add_data_flags(parser):
                        help='JSON list of {"name", "id", "color"}; without it, the ten desert classes')
     group.add_argument("--masks", choices=["ids", "indices", "colors"],
                        help="what masks hold; usually seen from their values")
+    group.add_argument("--val-share", type=number(float, 0.01, 0.5), metavar="P",
+                       help="without val/: this share of train/ validates, the last of each run of names "
+                            "(cc1 cc2 .., mt1 mt2 ..)")
     return group
 
 
@@ -927,11 +971,11 @@ def main(argv=()):
     group.add_argument("--out", metavar="DIR", default="outputs", help="where augmented.png goes")
     args = parser.parse_args(argv)
     classes, root = load_classes(args.classes), find_data(args.data)
-    names = [name for name in ("train", "val") if (root / name).is_dir()]
+    names = [name for name in ("train", "val") if (root / name).is_dir() or args.val_share]
     if not names:
         raise InputError(f"--data {root}: holds neither train/ nor val/; name the folder that does")
     for name in names:
-        split = Split(root, name, classes, args.masks, args.out)
+        split = Split(root, name, classes, args.masks, args.out, val_share=args.val_share)
         print(split.describe())
         sizes = [f"{w}x{h} ({split.sizes.count((w, h))})" for w, h in sorted(set(split.sizes))]
         print(f"  sizes: {', '.join(sizes)}")

@@ -455,7 +455,9 @@ def open_inputs(args):
         model, meta = load_model(path, args.arch, classes)
         classes = classes or meta["classes"]
         checkpoints.append((path, model, meta))
-    return checkpoints, data.Split(data.find_data(args.data), args.split, classes, args.masks, args.out)
+    root = data.find_data(args.data)
+    split = data.Split(root, args.split, classes, args.masks, args.out, val_share=args.val_share)
+    return checkpoints, split
 
 
 def make_parser():

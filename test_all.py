@@ -417,22 +417,21 @@ def runs(tmp_path):
     for part in ("Color_Images", "Segmentation"):
         (tmp_path / "runs" / "train" / part).mkdir(parents=True)
     for n, name in enumerate(NAMES):
-        image = Image.fromarray(data.palette(data.DESERT)[np.roll(labels, n, 1)])
-        image.save(tmp_path / "runs" / "train" / "Color_Images" / f"{name}.png")
-        Image.fromarray(np.roll(labels, n, 1)).save(tmp_path / "runs" / "train" / "Segmentation" / f"{name}.png")
+        rolled, folder = np.roll(labels, n, 1), tmp_path / "runs" / "train"
+        Image.fromarray(data.palette(data.DESERT)[rolled]).save(folder / "Color_Images" / f"{name}.png")
+        Image.fromarray(rolled).save(folder / "Segmentation" / f"{name}.png")
     return tmp_path / "runs"
 
 
-@pytest.mark.parametrize("share, val", [
-    (0.15, ["cc9", "cc10", "mt4"]),                           # 1.5 of 10 rounds up; .6 of 4 to 1; a lone x1 never
-    (0.01, ["cc10", "mt4"]),                                  # at least one of each run with two or more
-    (0.5, ["cc6", "cc7", "cc8", "cc9", "cc10", "mt3", "mt4"])])
-def test_the_last_share_of_each_run_of_names_validates(share, val, runs):
+@pytest.mark.parametrize("share, val, counts", [
+    (0.15, "cc10 cc9 mt4", "cc 2, mt 1"),                     # 1.5 of 10 rounds up, .6 of 4 too; x1 is alone
+    (0.01, "cc10 mt4", "cc 1, mt 1"),                         # at least one of each run with two or more
+    (0.5, "cc10 cc6 cc7 cc8 cc9 mt3 mt4", "cc 5, mt 2")])
+def test_the_last_share_of_each_run_of_names_validates(share, val, counts, runs):
     train, held = (data.Split(runs, name, data.DESERT, val_share=share) for name in ("train", "val"))
-    assert stems(held) == val and stems(train) == [name for name in NAMES if name not in val]
-    assert held.images == [image for image, _ in held.pairs] and len(held.counts) == len(val)
-    said = held.describe()
-    assert f"--val-share {share}" in said and "train/" in said and all(name in said for name in val[-1:])
+    assert stems(held) == val.split() and stems(train) == sorted({*NAMES} - {*val.split()})
+    assert held.images == [image for image, _ in held.pairs] and len(held.counts) == len(held)
+    assert held.describe().endswith(f"of train/ by --val-share {share}, pairs by run of names: {counts}")
 
 
 def test_a_share_is_the_same_in_all_scripts_and_another_one_is_another_run(runs, tmp_path, fails, capsys):
@@ -454,6 +453,17 @@ def test_a_share_is_the_same_in_all_scripts_and_another_one_is_another_run(runs,
     fails(train_teacher.main, flags(**argv, val_share=0.15), "--val-share 0.15", runs / "val", runs / "train")
 
 
+def test_int8_networks_are_compared_on_the_share(runs, trained, tmp_path, monkeypatch):
+    compared: list = []
+    for name in ("export_onnx", "quantize"):
+        monkeypatch.setattr(infer, name, lambda source, target, *_: Path(target).write_bytes(b"x"))
+    monkeypatch.setattr(infer, "onnx_session", lambda content: None)
+    monkeypatch.setattr(infer, "compare", lambda split, rows, shape: compared.extend(stems(split)))
+    infer.main(flags(export=tmp_path / "a.int8.onnx", checkpoint=trained[1][1], data=runs, val_share=0.15,
+                     calibrate=runs / "train" / "Color_Images"))
+    assert compared == ["cc10", "cc9", "mt4"]
+
+
 def test_pairs_held_for_validation_are_not_taken_as_images_without_labels(runs):
     folder = runs / "train" / "Color_Images"
     with pytest.raises(data.InputError, match="only images that have a mask"):
@@ -463,7 +473,8 @@ def test_pairs_held_for_validation_are_not_taken_as_images_without_labels(runs):
 def test_a_share_needs_runs_of_names(runs, fails, tmp_path, trained):
     argv = {"data": runs, "out": tmp_path, "size": 32}
     fails(train_teacher.main, flags(data=runs, **B0, out=tmp_path), runs / "val", "--val-share")
-    fails(evaluate.main, flags(trained[1][1], **argv, split="test", val_share=0.15), "--split test", "--val-share")
+    bad = flags(trained[1][1], **argv, split="test", val_share=0.15)
+    fails(evaluate.main, bad, "--split test", "--val-share")
     for n, path in enumerate(sorted(runs.glob("train/*/*"))):
         path.rename(path.with_name(f"{chr(97 + n % len(NAMES))}1.png"))
     fails(data.main, flags(**argv, val_share=0.15), "--val-share 0.15", "runs of names")

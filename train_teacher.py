@@ -632,8 +632,8 @@ def open_data(args, world):
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be made ({error.strerror}); choose another") from None
     with world.rank_0_first():
-        train = data.Split(root, "train", classes, args.masks, out, args.unlabelled)
-        val = data.Split(root, "val", classes, args.masks, out)
+        train = data.Split(root, "train", classes, args.masks, out, args.unlabelled, args.val_share)
+        val = data.Split(root, "val", classes, args.masks, out, val_share=args.val_share)
         check_batch(args, len(train), world)
     world.print(train.describe())
     world.print(val.describe())
