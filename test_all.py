@@ -11,6 +11,7 @@ D  slow: killed processes, signals, torchrun, ONNX, timing
 """
 import argparse
 import copy
+import csv
 import itertools
 import json
 import math
@@ -1333,7 +1334,7 @@ def test_returns_student_and_history_and_writes_what_readme_says(trained):
     out, _, student, history = trained
     assert isinstance(student, transformers.SegformerForSemanticSegmentation) and not student.training
     names = {"deep_lab.pth", "deep_lab.jsonl", "deep_lab_curves.png", "segformer-b0.pth", "best_student.pth",
-             "best_student.jsonl", "training_curves.png"}
+             "best_student.jsonl", "best_student.csv", "training_curves.png"}
     assert names <= {p.name for p in out.iterdir()} and (out / "checkpoints" / "best_student.pth").exists()
     log = read_log(out / "best_student.jsonl")
     run = log[0]["run"]
@@ -1344,6 +1345,93 @@ def test_returns_student_and_history_and_writes_what_readme_says(trained):
     assert len(log) == 2 and keys <= log[1].keys() and log[1:] == history
     assert list(log[1]["val_iou"]) == [c["name"] for c in data.DESERT]
     assert log[1]["loss"] == pytest.approx(0.5 * log[1]["hard"] + 0.5 * log[1]["soft"], rel=0.3)
+
+
+@pytest.fixture
+def partly_labelled(copy_of):
+    """The scenes, where the validation images have labels on very different shares of their pixels."""
+    for n, path in enumerate(sorted((copy_of / "val" / "Segmentation").iterdir())):
+        convert(lambda values, n=n: np.where(np.arange(len(values))[:, None] < 30 * n, 4242, values).astype(
+            np.uint16))(path)
+    return copy_of
+
+
+def test_validation_loss_is_cross_entropy_over_all_pixels_of_the_split(partly_labelled, tmp_path,
+                                                                       monkeypatch):
+    panels: dict = {}
+    monkeypatch.setattr(evaluate, "draw_panel", lambda draw, x, y, title, epochs, series, *colors:
+                        panels.update({title: series}))
+    argv = flags(**{**B0, "data": partly_labelled, "out": tmp_path, "epochs": 2, "eval_every": 2})
+    model, history = train_teacher.main(argv)
+    train, val = (data.Split(partly_labelled, name, data.DESERT) for name in ("train", "val"))
+    logits, targets = [], []
+    for n in range(len(val)):
+        image, target = val.read(n)
+        z = models.compute_logits(model, data.eval_image(image, 64))
+        z = F.interpolate(z, target.shape, mode="bilinear", align_corners=False)     # (1, 10, H, W)
+        logits.append(z[0].flatten(1).T.double())
+        targets.append(torch.from_numpy(target).flatten().long())
+    weight = data.class_weights(train.counts).double()
+    single = [float(F.cross_entropy(z, t, weight, ignore_index=255))
+              for z, t in zip(logits, targets, strict=True)]
+    expected = float(F.cross_entropy(torch.cat(logits), torch.cat(targets), weight, ignore_index=255))
+    assert history[0]["val_loss"] is None and history[1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(statistics.mean(single) / expected - 1) > 1e-3                    # no mean over images
+    assert panels["loss and its parts"]["validation loss"] == [None, history[1]["val_loss"]]
+
+
+def validation_of_a_process(rank, scenes, folder, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    with train_teacher.join_processes("cpu") as world:
+        torch.save(validate_fresh(scenes, world), folder / f"{rank}.pth")
+
+
+def validate_fresh(scenes, world):
+    torch.manual_seed(0)
+    model, args = models.build("segformer-b0", data.DESERT), argparse.Namespace(size=64, workers=0)
+    val = data.Split(scenes, "val", data.DESERT)
+    return train_teacher.validate(model, val, args, world, None, torch.linspace(0.1, 3, 10))
+
+
+def test_two_processes_give_the_validation_of_one(partly_labelled, tmp_path):
+    scores = validate_fresh(partly_labelled, ALONE)
+    torch.multiprocessing.spawn(validation_of_a_process, (partly_labelled, tmp_path, free_port()), 2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        assert found.pop("loss") == pytest.approx(scores["loss"], rel=1e-9)
+        assert found == {key: value for key, value in scores.items() if key != "loss"}
+
+
+def test_validation_without_a_label_or_with_infinite_logits_has_no_loss(copy_of, monkeypatch):
+    for path in (copy_of / "val" / "Segmentation").iterdir():
+        convert(lambda values: np.full_like(values, 255))(path)
+    monkeypatch.setattr(data, "find_label_format", lambda *a: "indices")
+    assert validate_fresh(copy_of, ALONE)["loss"] is None
+    monkeypatch.setattr(train_teacher, "hard_loss", lambda z, target, weight: torch.tensor(torch.inf))
+    assert validate_fresh(copy_of, ALONE)["loss"] is None
+
+
+def test_csv_holds_the_numbers_of_the_history(trained, scenes, tmp_path):
+    out, _, _, records = trained
+    _, history = train_teacher.main(flags(data=scenes, **B0, out=tmp_path, epochs=3, eval_every=2))
+    for path, epochs in ((tmp_path / "segformer-b0.csv", history), (out / "best_student.csv", records)):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(epochs)
+        for row, record in zip(rows, epochs, strict=True):
+            iou = record["val_iou"] or dict.fromkeys(data.class_names(data.DESERT))
+            flat = {**record, **{f"val_iou_{name}": value for name, value in iou.items()}}
+            del flat["val_iou"], flat["parts"]
+            assert {key: float(text) if text else None for key, text in row.items()} == flat
+    assert list(row)[:3] == ["epoch", "step", "alpha"]
+
+
+def test_csv_has_the_columns_of_all_epochs_and_quotes_names():
+    table = train_teacher.csv_table([{"epoch": 1, "step": 3, "parts": ["a"], "val_iou": None},
+                                     {"epoch": 2, "step": 6, "val_iou": {'Lush, "Bushes"': 0.1, "b": None}}])
+    assert table == 'epoch,step,"val_iou_Lush, ""Bushes""",val_iou_b\n1,3,,\n2,6,0.1,\n'
+    assert train_teacher.csv_table([]) == "epoch,step\n"
 
 
 def test_checkpoint_holds_plain_types_and_its_scores(trained):
