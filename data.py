@@ -335,11 +335,8 @@ class Split:
                 elif value != IGNORE or self.in_colors:
                     value = tuple(value.to_bytes(3, "big")) if self.in_colors else value
                     self.unknown[value] = self.unknown.get(value, 0) + pixels
-            by_number = dict.fromkeys(packed_colors(classes), 0)  # {colour: pixels} that the numbers mean
-            for color, pixels in zip(packed_colors(classes), self.counts[n].tolist(), strict=True):
-                by_number[color] += pixels
-            if masks is None and not self.in_colors and colors and colors.keys() <= by_number.keys() and any(
-                    colors.get(color, 0) != pixels for color, pixels in by_number.items()):
+            read_as_numbers = bool(colors) and masks is None and not self.in_colors
+            if read_as_numbers and palette_differs(self.counts[n], colors, classes):
                 raise InputError(f"{paths[n]}: its numbers and its palette's colours name different classes; "
                                  f"say --masks {self.label_format} or --masks colors")
         content += [(image.stem, size) for (image, _), size in zip(without_mask, self.sizes[len(self):],
@@ -749,6 +746,16 @@ def check_colors(values, colors, paths, classes):
     if not set().union(*colors) & names.keys():
         raise InputError(f"{paths[0]}: holds no colour of a class, nor does any other mask; name the right "
                          "table with --classes FILE, or export class indices as greyscale")
+
+
+def palette_differs(counts, colors, classes):
+    """Whether the colours of a palette mask are all the table's, but not those of its numbers' classes.
+
+    counts: (C,) pixels by the numbers; colors: {packed colour: pixels}."""
+    by_number: Counter = Counter()
+    for color, pixels in zip(packed_colors(classes), counts.tolist(), strict=True):
+        by_number[color] += pixels
+    return colors.keys() <= by_number.keys() and by_number != Counter(colors)
 
 
 def refuse_8_bit_copies(masks, ids, indices):
