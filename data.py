@@ -19,11 +19,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet's: what
 ROOT_NAME = "Offroad_Segmentation_Training_Dataset"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 MASK_SUFFIXES = {".png", ".bmp", ".tif", ".tiff"}             # lossless only: JPEG would blur labels
+COLOR_MODES = ("RGB", "RGBA", "P")                            # Pillow's modes of masks that hold colours
+MAX_COLORS = 100                                              # in a mask; more are not labels
 
 # name, raw id in the 16-bit masks, colour for pictures; the position in this list is the class index
 DESERT = [{"name": name, "id": raw_id, "color": list(color)} for name, raw_id, color in [
@@ -295,35 +299,46 @@ class Split:
     """The checked pairs of one split, how to read them, and the pixels of each class in each of them.
 
     images: all image files, first those of the pairs, then those of the folders `unlabelled`, which have no
-    mask; sizes: [(width, height)] of them; counts: (N, C) pixels; label_format: "ids" or "indices"; unknown:
-    {value that is in no class: pixels}; digest: of names, sizes and label counts, wherever the folder lies.
-    Raises InputError for files that do not fit. `out`: a folder that keeps the scan, see scan_pairs."""
+    mask; sizes: [(width, height)] of them; counts: (N, C) pixels; label_format: see find_label_format;
+    unknown: {value, or (r, g, b), that is in no class: pixels}; digest: of names, sizes and label counts,
+    wherever the folder lies. Raises InputError for files that do not fit. `out`: a folder that keeps the
+    scan, see scan_pairs. `val_share`: "train" and "val" are parts of train/, see divide_pairs."""
 
-    def __init__(self, root, name, classes, masks=None, out=None, unlabelled=()):
-        self.classes, self.name = classes, name
-        self.pairs = find_pairs(root, name)
+    def __init__(self, root, name, classes, masks=None, out=None, unlabelled=(), val_share=None):
+        self.classes, self.name, self.val_share = classes, name, val_share
+        in_folder = find_pairs(root, "train" if val_share else name)
+        self.pairs = divide_pairs(in_folder, root, name, val_share) if val_share else in_folder
         scan_file = Path(out) / f"scan_{(Path(root) / name).absolute().name}.json" if out else None
         found = scan_pairs(self.pairs, scan_file)
         self.images = [image for image, _ in self.pairs]
-        without_mask = [(image, None) for image in find_unlabelled(unlabelled, self.images)]
+        without_mask = [(image, None) for image in find_unlabelled(unlabelled, in_folder)]
         self.images += [image for image, _ in without_mask]
-        self.sizes = [size for size, _ in found]
-        self.sizes += [size for size, _ in scan_pairs(without_mask, scan_file and scan_file.with_name(
+        self.sizes = [size for size, _, _ in found]
+        self.sizes += [size for size, _, _ in scan_pairs(without_mask, scan_file and scan_file.with_name(
             "scan_unlabelled.json"))]
         self.unlabelled = len(without_mask)
         paths = [mask for _, mask in self.pairs]
-        self.label_format = find_label_format([set(values) for _, values in found], paths, classes, masks)
+        self.label_format = find_label_format([set(values) for _, values, _ in found], paths, classes, masks,
+                                              [set(colors) for _, _, colors in found])
+        self.in_colors = self.label_format == "colors"
         self.lookup = lookup_table(classes, self.label_format)
         self.counts = torch.zeros(len(found), len(classes), dtype=torch.int64)
-        self.unknown: dict[int, int] = {}
-        for n, (_, values) in enumerate(found):
+        self.unknown: dict = {}
+        content: list = []                                    # [(stem, (size, {value: pixels}))]
+        for n, (size, numbers, colors) in enumerate(found):
+            values = colors if self.in_colors else numbers
+            content.append((self.images[n].stem, (size, values)))
             for value, pixels in values.items():
                 index = int(self.lookup[value])
                 if index != IGNORE:
                     self.counts[n, index] += pixels
-                elif value != IGNORE:
+                elif value != IGNORE or self.in_colors:
+                    value = tuple(value.to_bytes(3, "big")) if self.in_colors else value
                     self.unknown[value] = self.unknown.get(value, 0) + pixels
-        content: list = [(image.stem, scanned) for (image, _), scanned in zip(self.pairs, found, strict=True)]
+            read_as_numbers = bool(colors) and masks is None and not self.in_colors
+            if read_as_numbers and palette_differs(self.counts[n], colors, classes):
+                raise InputError(f"{paths[n]}: its numbers and its palette's colours name different classes; "
+                                 f"say --masks {self.label_format} or --masks colors")
         content += [(image.stem, size) for (image, _), size in zip(without_mask, self.sizes[len(self):],
                                                                    strict=True)]
         self.digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -333,8 +348,12 @@ class Split:
 
     def describe(self):
         """One line, and a second one where labels are unknown."""
-        kind = "raw ids" if self.label_format == "ids" else "class indices"
-        text = f"{self.name}: {len(self)} pairs, masks hold {kind}"
+        kinds = {"ids": "raw ids", "indices": "class indices", "colors": "colours"}
+        text = f"{self.name}: {len(self)} pairs, masks hold {kinds[self.label_format]}"
+        if self.val_share:
+            runs = Counter(run_of(image) for image, _ in self.pairs)
+            listed = ", ".join(f"{run} {count}" for run, count in runs.most_common(8))
+            text += f"; of train/ by --val-share {self.val_share}, pairs by run of names: {listed}"
         if self.unlabelled:
             text += f"; {self.unlabelled} images without labels"
         if self.unknown:
@@ -351,7 +370,7 @@ class Split:
         image = read_image(self.images[n], shrink)
         if n >= len(self):
             return image, np.zeros(self.sizes[n][::-1], np.uint8)
-        return image, self.lookup[read_mask(self.pairs[n][1])]
+        return image, self.lookup[read_mask(self.pairs[n][1], self.in_colors)]
 
     def crop(self, n, size, affine):
         """The n-th pair under a (2, 3) map, see random_affine: uint8 (3, S, S) image, (S, S) target."""
@@ -373,11 +392,18 @@ class Split:
 
 
 def lookup_table(classes, label_format):
-    """(65536,) uint8: stored mask value -> class index; everything unknown becomes 255."""
-    table = np.full(65536, IGNORE, np.uint8)
-    for index, entry in enumerate(classes):
-        table[entry["id"] if label_format == "ids" else index] = index
+    """(65536,) uint8, or (2^24,) for colours: stored mask value -> class index; all unknown becomes 255."""
+    table = np.full(1 << 24 if label_format == "colors" else 65536, IGNORE, np.uint8)
+    keys = {"ids": [entry["id"] for entry in classes], "indices": range(len(classes)),
+            "colors": packed_colors(classes)}
+    for index, key in enumerate(keys[label_format]):
+        table[key] = index
     return table
+
+
+def packed_colors(classes):
+    """The colour of each class as read_mask gives it."""
+    return [r << 16 | g << 8 | b for r, g, b in (entry["color"] for entry in classes)]
 
 
 def read_image(path, shrink=1):
@@ -398,12 +424,21 @@ def read_image(path, shrink=1):
             return image.convert("RGB")
 
 
-def read_mask(path):
-    """The values of a mask exactly as stored, (H, W) uint16: a conversion to 8 bit would fold 16-bit ids."""
+def read_mask(path, colors=False):
+    """The values of a mask exactly as stored, (H, W) uint16: a conversion to 8 bit would fold 16-bit ids.
+
+    colors: those of an RGB, RGBA or palette mask instead, packed as r << 16 | g << 8 | b, (H, W) uint32."""
     with open_image(path) as image:
-        if image.mode not in ("I;16", "I;16B", "I;16L", "I", "L", "P", "1"):
+        if image.mode not in (COLOR_MODES if colors else ("I;16", "I;16B", "I;16L", "I", "L", "P", "1")):
             raise InputError(f"{path}: mode {image.mode}; a mask holds one number per pixel, "
-                             "export it as 8- or 16-bit greyscale")
+                             "export it as 8- or 16-bit greyscale, or one colour, export it as RGB")
+        if colors:
+            with damaged_file_error(path, "mask"):
+                transparent = image.mode == "RGBA" and image.getextrema()[3][0] < 255
+                rgb = np.asarray(image.convert("RGB"), np.uint32)
+            if transparent:
+                raise InputError(f"{path}: has transparent pixels; export it as RGB")
+            return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
         if image.tile and image.tile[0][3] in ("L;2", "L;4"):
             raise InputError(f"{path}: greyscale of 2 or 4 bits, which Pillow scales; "
                              "export it as 8- or 16-bit greyscale")
@@ -518,6 +553,9 @@ def find_data(flag=None):
 def find_pairs(root, split):
     """[(image path, mask path)] of `root/split`, in order of their stems."""
     folder = Path(root) / split
+    if split == "val" and not folder.exists():
+        raise InputError(f"{folder}: No such file or directory; --val-share 0.15 validates on a part of "
+                         "train/ instead")
     images = list_files(folder / "Color_Images", IMAGE_SUFFIXES)
     masks = list_files(folder / "Segmentation", MASK_SUFFIXES)
     if not images and not masks:
@@ -530,9 +568,40 @@ def find_pairs(root, split):
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
-def find_unlabelled(folders, known):
-    """The image files of folders without masks, but for those in `known`, which have one."""
-    known = {path.resolve() for path in known}
+def divide_pairs(pairs, root, name, share):
+    """The part `name`, "train" or "val", of the `pairs` of train/: the last `share` of each run validates.
+
+    A run is a drive: names with the same letters before the first digit, in order of their numbers. It gives
+    one block, since neighbouring frames are nearly equal; at least one pair of two."""
+    if name not in ("train", "val"):
+        raise InputError(f"--split {name}: --val-share {share} divides train/ into train and val; name one")
+    if (Path(root) / "val").exists():
+        raise InputError(f"--val-share {share}: divides {Path(root) / 'train'}, but {Path(root) / 'val'} "
+                         "exists too; leave out the flag, or move that folder away")
+    runs: dict[str, list] = {}
+    for image, mask in pairs:
+        runs.setdefault(run_of(image), []).append((image, mask))
+    held = set()
+    for run in runs.values():
+        # by numbers: cc9 comes before cc10
+        run.sort(key=lambda pair: [int(part) if part.isdecimal() else part
+                                   for part in re.split(r"(\d+)", pair[0].stem)])
+        if len(run) > 1:
+            held.update(run[-max(1, int(share * len(run) + 0.5)):])
+    if not held:
+        raise InputError(f"--val-share {share}: {Path(root) / 'train'} holds no runs of names, such as cc1 "
+                         "cc2, to take the last part of; make val/ by hand")
+    return [pair for pair in pairs if (pair in held) == (name == "val")]
+
+
+def run_of(path):
+    """The letters before the first digit of a file's name: "cc0000016.png" -> "cc"."""
+    return re.split(r"\d", path.stem)[0]
+
+
+def find_unlabelled(folders, pairs):
+    """The image files of folders without masks, but for those of `pairs`, which have one."""
+    known = {image.resolve() for image, _ in pairs}
     found = []
     for folder in folders:
         if not Path(folder).is_dir():
@@ -564,8 +633,9 @@ def list_files(folder, suffixes):
 
 
 def scan_pairs(pairs, scan_file=None):
-    """[((width, height), {mask value: pixels})]: decodes every file once, so that a damaged one is found
-    before training and not in hour three. `scan_file` keeps the results of files that have not changed."""
+    """[(size, {number: pixels}, {colour: pixels})], see scan_pair: decodes every file once, so that a damaged
+    one is found before training and not in hour three. `scan_file` keeps the results of files that have not
+    changed."""
     known = {}
     if scan_file is not None and scan_file.is_file():
         with contextlib.suppress(ValueError, TypeError):      # a damaged scan file: scan again
@@ -575,7 +645,8 @@ def scan_pairs(pairs, scan_file=None):
         files = [image, mask] if mask else [image]
         stamps = [f"{path.stat().st_size},{path.stat().st_mtime_ns}" for path in files]
         keys.append(f"{image.resolve()}|{':'.join(stamps)}")
-    missing = [n for n, key in enumerate(keys) if key not in known]
+    # results of two parts are of an older version, without colours
+    missing = [n for n, key in enumerate(keys) if len(known.get(key, ())) < 3]
     pool = ThreadPoolExecutor(min(8, count_cores()))          # Pillow decodes without holding Python's lock
     try:
         results = pool.map(scan_pair, [pairs[n] for n in missing])
@@ -585,35 +656,53 @@ def scan_pairs(pairs, scan_file=None):
         pool.shutdown(cancel_futures=True)
     if scan_file is not None and missing:
         write_atomic(scan_file, json.dumps({key: known[key] for key in keys}).encode())
-    return [(tuple(known[key][0]), {int(v): n for v, n in known[key][1].items()}) for key in keys]
+    return [(tuple(size), *({int(v): n for v, n in counts.items()} for counts in counts_of_both))
+            for size, *counts_of_both in (known[key] for key in keys)]
 
 
 def scan_pair(pair):
-    """((width, height), {mask value: pixels}) of one pair; InputError where the two do not fit.
+    """((width, height), {number: pixels}, {colour: pixels}) of one pair; InputError where the two files do
+    not fit.
 
-    The mask of an unlabelled image is None."""
+    A palette mask holds both, others one kind only. The mask of an unlabelled image is None."""
     image, mask = pair
     if mask is None:
-        return read_image(image).size, {}
-    values, size = read_mask(mask), read_image(image).size
-    if values.shape[::-1] != size:
+        return read_image(image).size, {}, {}
+    with open_image(mask) as opened:
+        mode, mask_size = opened.mode, opened.size
+    size, numbers, colors = read_image(image).size, {}, {}
+    if mask_size != size:
         with open_image(image) as opened:
             turned = " after its EXIF rotation" if opened.getexif().get(0x0112, 1) > 1 else ""
-        raise InputError(f"{mask}: {values.shape[1]}x{values.shape[0]} pixels, but {image.name} has "
+        raise InputError(f"{mask}: {mask_size[0]}x{mask_size[1]} pixels, but {image.name} has "
                          f"{size[0]}x{size[1]}{turned}; they must match")
-    counts = np.bincount(values.ravel())
-    return size, {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
+    if mode not in ("RGB", "RGBA"):
+        counts = np.bincount(read_mask(mask).ravel())
+        numbers = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
+    if mode in COLOR_MODES:
+        found, counts = np.unique(read_mask(mask, colors=True), return_counts=True)
+        colors = dict(zip(found[:256].tolist(), counts.tolist(), strict=False))      # a palette has no more
+    return size, numbers, colors
 
 
-def find_label_format(values, paths, classes, flag=None):
-    """Decides once for a split whether its masks hold raw ids or class indices: "ids" or "indices".
+def find_label_format(values, paths, classes, flag=None, colors=()):
+    """Decides once for a split what its masks hold: "ids", class "indices", or the table's "colors".
 
-    values: a set of mask values for each of `paths`; flag: --masks, believed where the split can be read so.
-    Refuses 8-bit copies of 16-bit masks, mixtures of both formats, and splits without one known label."""
+    values: a set of mask values for each of `paths`, empty for an RGB mask; colors: a set of packed colours
+    for each; flag: --masks, believed where the split can be read so. Refuses 8-bit copies of 16-bit masks,
+    mixtures of formats, and splits without one known label."""
     ids = {entry["id"] for entry in classes}
     indices = {*range(len(classes)), IGNORE}
     union = set().union(*values)
     masks = list(zip(values, paths, strict=True))
+    rgb = next((path for own, path in masks if not own), None)
+    if rgb and flag not in (None, "colors"):
+        raise InputError(f"{rgb}: holds colours, no numbers as --masks {flag} says; say --masks colors")
+    unknown_numbers = not union & ids and not union <= indices
+    in_colors = rgb or (unknown_numbers and set().union(*colors) & {*packed_colors(classes)})
+    if flag == "colors" or (flag is None and in_colors):
+        check_colors(values, colors, paths, classes)
+        return "colors"
     refuse_8_bit_copies([(union, paths[0])] if flag else [(union, paths[0]), *masks], ids, indices)
     if flag is not None:
         label_format = flag
@@ -637,6 +726,36 @@ def find_label_format(values, paths, classes, flag=None):
         raise InputError(f"{path}: label {strange} is in no class table entry, neither as id nor as index "
                          f"(0 to {len(classes) - 1}); name the right table with --classes FILE")
     return label_format
+
+
+def check_colors(values, colors, paths, classes):
+    """InputError where masks cannot be read as the table's colours. Arguments: see find_label_format."""
+    names: dict[int, str] = {}
+    for color, entry in zip(packed_colors(classes), classes, strict=True):
+        if color in names:
+            raise InputError(f"class table: {names[color]} and {entry['name']} have one color, "
+                             f"{entry['color']}, but masks hold colours; name another with --classes FILE")
+        names[color] = entry["name"]
+    for numbers, own, path in zip(values, colors, paths, strict=True):
+        if len(own) > MAX_COLORS:
+            raise InputError(f"{path}: holds more than {MAX_COLORS} colours, as smoothed edges or a JPEG do; "
+                             "export it without either")
+        if numbers and not own & names.keys():
+            raise InputError(f"{path}: holds numbers and no colour of a class; a split must not mix numbers "
+                             "and colours, export all masks alike")
+    if not set().union(*colors) & names.keys():
+        raise InputError(f"{paths[0]}: holds no colour of a class, nor does any other mask; name the right "
+                         "table with --classes FILE, or export class indices as greyscale")
+
+
+def palette_differs(counts, colors, classes):
+    """Whether the colours of a palette mask are all the table's, but not those of its numbers' classes.
+
+    counts: (C,) pixels by the numbers; colors: {packed colour: pixels}."""
+    by_number: Counter = Counter()
+    for color, pixels in zip(packed_colors(classes), counts.tolist(), strict=True):
+        by_number[color] += pixels
+    return colors.keys() <= by_number.keys() and by_number != Counter(colors)
 
 
 def refuse_8_bit_copies(masks, ids, indices):
@@ -826,8 +945,11 @@ def add_data_flags(parser):
                                                      "is looked for here and under /kaggle/input")
     group.add_argument("--classes", metavar="FILE",
                        help='JSON list of {"name", "id", "color"}; without it, the ten desert classes')
-    group.add_argument("--masks", choices=["ids", "indices"],
+    group.add_argument("--masks", choices=["ids", "indices", "colors"],
                        help="what masks hold; usually seen from their values")
+    group.add_argument("--val-share", type=number(float, 0.01, 0.5), metavar="P",
+                       help="without val/: this share of train/ validates, the last of each run of names "
+                            "(cc1 cc2 .., mt1 mt2 ..)")
     return group
 
 
@@ -856,11 +978,11 @@ def main(argv=()):
     group.add_argument("--out", metavar="DIR", default="outputs", help="where augmented.png goes")
     args = parser.parse_args(argv)
     classes, root = load_classes(args.classes), find_data(args.data)
-    names = [name for name in ("train", "val") if (root / name).is_dir()]
+    names = [name for name in ("train", "val") if (root / name).is_dir() or args.val_share]
     if not names:
         raise InputError(f"--data {root}: holds neither train/ nor val/; name the folder that does")
     for name in names:
-        split = Split(root, name, classes, args.masks, args.out)
+        split = Split(root, name, classes, args.masks, args.out, val_share=args.val_share)
         print(split.describe())
         sizes = [f"{w}x{h} ({split.sizes.count((w, h))})" for w, h in sorted(set(split.sizes))]
         print(f"  sizes: {', '.join(sizes)}")

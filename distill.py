@@ -466,7 +466,8 @@ def main(argv=()):
         if needs_teachers(args) and not state.done:           # a finished run needs no cache
             ask_teachers = make_ask_teachers(args, world, train, digests, teachers)
         prepare = make_prepare(args, world, train, class_weight, ask_teachers)
-        return fit(student, state, prepare, make_loss(args, adapters), train, val, args, world, adapters)
+        loss_fn = make_loss(args, adapters)
+        return fit(student, state, prepare, loss_fn, train, val, class_weight, args, world, adapters)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import InputError
-from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, describe_device, ensemble_weights,
-                    load_model, optimize_for_inference, pick_device, predict)
+from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, compute_logits, describe_device,
+                    ensemble_weights, load_model, optimize_for_inference, pick_device, predict,
+                    upsampled_labels)
 
 
 # ------------------------------------------------------------ scores
@@ -83,22 +84,26 @@ def bootstrap(confusions, draws=1000):
     return [miou.quantile(edges, 1).T.tolist(), (miou - miou[0]).quantile(edges, 1).T.tolist()]
 
 
-def evaluate(model, split, size, dtype=None, workers=0, indices=None):
+def evaluate(model, split, size, dtype=None, workers=0, indices=None, see_logits=None):
     """The (C, C) confusion matrix of a network over a split, summed over processes if there are several.
 
-    model: from optimize_for_inference; indices: this process' share of the split (default: all of it)."""
+    model: from optimize_for_inference; indices: this process' share of the split (default: all of it);
+    see_logits: called for each image with its (1, C, h, w) logits and (1, H, W) int64 target."""
     classes = len(split.classes)
     device = next(model.parameters()).device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for _, target, (pred,) in predict_split([(model, size, False)], split, dtype, workers, indices):
+    for _, target, (pred,), (z,) in predict_split([(model, size, False)], split, dtype, workers, indices):
         confusion += confusion_matrix(pred, target, classes)
+        if see_logits:
+            see_logits(z, target[None].long())
     if dist.is_initialized():
         dist.all_reduce(confusion)
     return confusion
 
 
 def predict_split(networks, split, dtype=None, workers=0, indices=None):
-    """Yields (index, (H, W) target, [(H, W) pred of each network]) of a split, on the networks' device.
+    """Yields (index, (H, W) target, [(H, W) pred of each network], [its (1, C, h, w) logits]) of a split, on
+    the networks' device. The labels are predict()'s.
 
     networks: [(model, size of its images, whether to add the mirrored one)]."""
     device = next(networks[0][0].parameters()).device
@@ -106,11 +111,9 @@ def predict_split(networks, split, dtype=None, workers=0, indices=None):
     indices = range(len(split)) if indices is None else indices
     dataset = data.EvalDataset(split, sizes)
     for index, images, target in data.load(dataset, indices, workers, device.type == "cuda"):
-        preds = []
-        for model, size, flip in networks:
-            image = images[sizes.index(size)]
-            preds.append(predict(model, image, target.shape, dtype, flip)[0])
-        yield index, target.to(device), preds
+        logits = [compute_logits(model, images[sizes.index(size)], dtype, flip)
+                  for model, size, flip in networks]
+        yield index, target.to(device), [upsampled_labels(z, target.shape)[0] for z in logits], logits
 
 
 # ------------------------------------------------------------ speed
@@ -210,7 +213,7 @@ def score_rows(args, rows, networks, split, dtype):
     # the ensemble's row comes last, before its mirrored one
     ensemble = len(rows) - (2 if args.tta else 1) if args.ensemble else None
     predictions = predict_split(networks, split, dtype, args.workers)
-    for index, target, preds in data.progress_bar(predictions, "scoring", len(split)):
+    for index, target, preds, _ in data.progress_bar(predictions, "scoring", len(split)):
         pixels += target.numel()
         for n, pred in enumerate(preds):
             confusion = confusion_matrix(pred, target, len(classes)).cpu()
@@ -370,7 +373,8 @@ def draw_curves(history, classes, parts):
     rates = [record["lr"] / top_lr for record in history]
     image = Image.new("RGB", (1400, 900), PAPER)
     draw = ImageDraw.Draw(image)
-    draw_panel(draw, 0, 0, "loss and its parts", epochs, {key: series(key) for key in ("loss", *parts)})
+    draw_panel(draw, 0, 0, "loss and its parts", epochs,
+               {**{key: series(key) for key in ("loss", *parts)}, "validation loss": series("val_loss")})
     draw_panel(draw, 700, 0, "validation mIoU and pixel accuracy", epochs,
                {"mIoU": series("val_miou"), "pixel accuracy": series("val_pixel_accuracy")})
     darker = [tuple(v * 3 // 4 for v in entry["color"]) for entry in classes]  # pale ones cannot be seen
@@ -455,7 +459,9 @@ def open_inputs(args):
         model, meta = load_model(path, args.arch, classes)
         classes = classes or meta["classes"]
         checkpoints.append((path, model, meta))
-    return checkpoints, data.Split(data.find_data(args.data), args.split, classes, args.masks, args.out)
+    root = data.find_data(args.data)
+    split = data.Split(root, args.split, classes, args.masks, args.out, val_share=args.val_share)
+    return checkpoints, split
 
 
 def make_parser():

@@ -178,7 +178,8 @@ def export_onnx(model, path, shape, dynamic=False):
 def export_int8(args, model, meta, target, shape):
     """Writes `target` in 8 bits, and prints its mIoU and time beside torch and the fp32 file."""
     # everything is read before anything is written
-    split = data.Split(data.find_data(args.data), args.split, meta["classes"], args.masks)
+    split = data.Split(data.find_data(args.data), args.split, meta["classes"], args.masks,
+                       val_share=args.val_share)
     files = find_inputs([args.calibrate])
     images = []
     for path in files[::max(1, len(files) // 64)][:64]:

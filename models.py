@@ -225,7 +225,7 @@ def upsampled_labels(z, size):
 def predict(model, image, size, dtype=None, flip=False):
     """Whole images, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W).
 
-    Validation, evaluate.py and infer.py all come here, so that their labels are equal."""
+    Validation, evaluate.py and infer.py all take these two steps, so that their labels are equal."""
     return upsampled_labels(compute_logits(model, image, dtype, flip), size)
 
 

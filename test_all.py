@@ -11,6 +11,7 @@ D  slow: killed processes, signals, torchrun, ONNX, timing
 """
 import argparse
 import copy
+import csv
 import itertools
 import json
 import math
@@ -257,6 +258,89 @@ def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of):
     assert "ignored: 4242 " in data.Split(copy_of, "train", data.DESERT).describe()
 
 
+def in_colors(path, mode="RGB"):
+    """Rewrites a mask of raw ids in the desert's colours."""
+    indices = data.lookup_table(data.DESERT, "ids")[np.asarray(Image.open(path))]
+    if mode == "P":                                           # values 120 to 129, neither ids nor indices
+        image = Image.fromarray(120 + indices)
+        image.putpalette(np.roll(data.palette(data.DESERT), 120, 0).tobytes())
+    else:
+        image = Image.fromarray(data.palette(data.DESERT)[indices]).convert(mode)
+    image.save(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_masks_in_colours_equal_those_of_ids_to_the_bit(mode, scenes, split, copy_of, tmp_path):
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path, mode)
+    colored = data.Split(copy_of, "train", data.DESERT, out=tmp_path)
+    again = data.Split(copy_of, "train", data.DESERT, "colors", tmp_path)            # from the kept scan
+    for found in (colored, again):
+        assert found.label_format == "colors" and "colours" in found.describe() and not found.unknown
+        assert torch.equal(found.counts, split.counts)
+        assert torch.equal(data.class_weights(found.counts), data.class_weights(split.counts))
+        dataset = data.TrainDataset(found, 64, 0)
+        for n in range(3):
+            assert np.array_equal(found.read(n)[1], split.read(n)[1])
+            for a, b in zip(dataset[2, n, n], data.TrainDataset(split, 64, 0)[2, n, n], strict=True):
+                assert torch.equal(a, b)
+    assert colored.digest == again.digest
+
+
+def test_training_on_masks_in_colours_gives_the_weights_of_ids(scenes, copy_of, tmp_path, fails):
+    for path in copy_of.glob("*/Segmentation/*"):
+        in_colors(path)
+    argv = {**B0, "steps": 2}
+    model, history = train_teacher.main(flags(data=scenes, out=tmp_path / "ids", **argv))
+    other, records = train_teacher.main(flags(data=copy_of, out=tmp_path / "colors", **argv))
+    assert states_equal(model.state_dict(), other.state_dict())
+    assert [without_times(r) for r in history] == [without_times(r) for r in records]
+    fails(train_teacher.main, flags(data=copy_of, out=tmp_path / "colors", masks="ids", **argv),
+          "holds colours", "--masks ids")
+    fails(train_teacher.main, flags(data=scenes, out=tmp_path / "ids", masks="colors", **argv),
+          "scene0000.png", "no colour of a class", "alike")
+
+
+def test_palette_masks_of_known_indices_are_read_as_indices(scenes, split, copy_of, fails, tmp_path):
+    """As infer.py writes them; one whose colours say otherwise is refused, unless --masks decides."""
+    paths = sorted((copy_of / "train" / "Segmentation").iterdir())
+    for n, path in enumerate(paths):
+        data.index_image(split.read(n)[1], data.DESERT).save(path)
+    found = data.Split(copy_of, "train", data.DESERT)
+    assert found.label_format == "indices" and torch.equal(found.counts, split.counts)
+    colored = data.Split(copy_of, "train", data.DESERT, "colors")
+    assert torch.equal(colored.counts, split.counts)
+    image = Image.fromarray(9 - split.read(0)[1])             # the same colours in the opposite order
+    image.putpalette(data.palette(data.DESERT)[:10][::-1].tobytes())
+    image.save(paths[0])
+    fails(data.main, flags(data=copy_of, out=tmp_path), paths[0], "--masks indices", "--masks colors")
+    assert torch.equal(data.Split(copy_of, "train", data.DESERT, "colors").counts, split.counts)
+    assert torch.equal(data.Split(copy_of, "train", data.DESERT, "indices").counts[0],
+                       split.counts[0].flip(0))
+
+
+def test_palette_masks_of_many_classes_and_of_classes_of_one_colour_are_read_as_numbers(copy_of):
+    table, labels = many_classes(250), np.arange(108 * 192, dtype=np.uint32).reshape(108, 192) % 250
+    for classes in (table, [{**entry, "color": [0, 0, 0]} for entry in table]):
+        for path in (copy_of / "train" / "Segmentation").iterdir():
+            data.index_image(labels, classes).save(path)
+        found = data.Split(copy_of, "train", classes)
+        assert found.label_format != "colors" and np.array_equal(found.read(0)[1], labels)
+
+
+def test_unknown_colours_are_ignored_counted_and_reported(split, copy_of):
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path)
+    path = split.pairs[0][1].name
+    mask = np.asarray(Image.open(copy_of / "train" / "Segmentation" / path)).copy()
+    mask[:10, :10] = (0, 0, 255)                              # packed, this is the 255 of other formats
+    Image.fromarray(mask).save(copy_of / "train" / "Segmentation" / path)
+    found = data.Split(copy_of, "train", data.DESERT)
+    assert found.unknown == {(0, 0, 255): 100} and (found.read(0)[1][:10, :10] == 255).all()
+    assert int(found.counts[0].sum()) == int(split.counts[0].sum()) - 100
+    assert found.describe().count("(0, 0, 255)") == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "LA", "1"])
 def test_images_of_any_mode_load_as_rgb(mode, tmp_path):
     values = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
@@ -307,6 +391,94 @@ def test_pairs_repeated_by_links_count_twice(copy_of):
         (copy_of / "train" / part / "zz.png").symlink_to("scene0000.png")
     split = data.Split(copy_of, "train", data.DESERT)
     assert len(split) == 13 and torch.equal(split.counts[0], split.counts[12])
+
+
+def test_two_classes_of_one_colour_are_refused_where_masks_hold_colours(split, copy_of):
+    table = [dict(entry) for entry in data.DESERT]
+    table[6]["color"] = [196, 140, 96]
+    assert torch.equal(data.Split(copy_of, "train", table).counts, split.counts)
+    for path in (copy_of / "train" / "Segmentation").iterdir():
+        in_colors(path)
+    with pytest.raises(data.InputError, match=r"Logs and Landscape .*color, \[196, 140, 96\]"):
+        data.Split(copy_of, "train", table)
+
+
+# ------------------------------------------------------------ a share of train/ as validation
+NAMES = [*(f"cc{n}" for n in range(1, 11)), *(f"mt{n}" for n in range(1, 5)), "x1"]
+
+
+def stems(split):
+    return [image.stem for image, _ in split.pairs]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder without val/: ten pairs of one run of names, four of another, one of a third."""
+    labels = np.kron(np.arange(10, dtype=np.uint8).reshape(2, 5), np.ones((16, 16), np.uint8))
+    for part in ("Color_Images", "Segmentation"):
+        (tmp_path / "runs" / "train" / part).mkdir(parents=True)
+    for n, name in enumerate(NAMES):
+        rolled, folder = np.roll(labels, n, 1), tmp_path / "runs" / "train"
+        Image.fromarray(data.palette(data.DESERT)[rolled]).save(folder / "Color_Images" / f"{name}.png")
+        Image.fromarray(rolled).save(folder / "Segmentation" / f"{name}.png")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("share, val, counts", [
+    (0.15, "cc10 cc9 mt4", "cc 2, mt 1"),                     # 1.5 of 10 rounds up, .6 of 4 too; x1 is alone
+    (0.01, "cc10 mt4", "cc 1, mt 1"),                         # at least one of each run with two or more
+    (0.5, "cc10 cc6 cc7 cc8 cc9 mt3 mt4", "cc 5, mt 2")])
+def test_the_last_share_of_each_run_of_names_validates(share, val, counts, runs):
+    train, held = (data.Split(runs, name, data.DESERT, val_share=share) for name in ("train", "val"))
+    assert stems(held) == val.split() and stems(train) == sorted({*NAMES} - {*val.split()})
+    assert held.images == [image for image, _ in held.pairs] and len(held.counts) == len(held)
+    assert held.describe().endswith(f"of train/ by --val-share {share}, pairs by run of names: {counts}")
+
+
+def test_a_share_is_the_same_in_all_scripts_and_another_one_is_another_run(runs, tmp_path, fails, capsys):
+    argv = {**B0, "data": runs, "out": tmp_path / "o", "steps": 1, "batch_size": 2}
+    _, history = train_teacher.main(flags(**argv, val_share=0.15))
+    said = capsys.readouterr().out
+    assert "train: 12 pairs" in said and "val: 3 pairs" in said
+    rows = evaluate.main(flags(tmp_path / "o" / "segformer-b0.pth", data=runs, out=tmp_path / "o", **PLAIN,
+                               val_share=0.15))
+    assert rows[0]["iou"] == history[-1]["val_iou"]
+    train_teacher.main(flags(**argv, val_share=0.15))
+    assert "finished already" in capsys.readouterr().out
+    fails(train_teacher.main, flags(**argv, val_share=0.3), "--val-share (was 0.15, now 0.3)")
+    data.main(flags(data=runs, out=tmp_path, size=32, val_share=0.3))
+    said = capsys.readouterr().out
+    assert "train: 11 pairs" in said and "val: 4 pairs" in said
+    shutil.copytree(runs / "train", runs / "val")
+    fails(train_teacher.main, flags(**argv), "--val-share (was 0.15, now None)")
+    fails(train_teacher.main, flags(**argv, val_share=0.15), "--val-share 0.15", runs / "val", runs / "train")
+
+
+def test_int8_networks_are_compared_on_the_share(runs, trained, tmp_path, monkeypatch):
+    compared: list = []
+    for name in ("export_onnx", "quantize"):
+        monkeypatch.setattr(infer, name, lambda source, target, *_: Path(target).write_bytes(b"x"))
+    monkeypatch.setattr(infer, "onnx_session", lambda content: None)
+    monkeypatch.setattr(infer, "compare", lambda split, rows, shape: compared.extend(stems(split)))
+    infer.main(flags(export=tmp_path / "a.int8.onnx", checkpoint=trained[1][1], data=runs, val_share=0.15,
+                     calibrate=runs / "train" / "Color_Images"))
+    assert compared == ["cc10", "cc9", "mt4"]
+
+
+def test_pairs_held_for_validation_are_not_taken_as_images_without_labels(runs):
+    folder = runs / "train" / "Color_Images"
+    with pytest.raises(data.InputError, match="only images that have a mask"):
+        data.Split(runs, "train", data.DESERT, unlabelled=[folder], val_share=0.5)
+
+
+def test_a_share_needs_runs_of_names(runs, fails, tmp_path, trained):
+    argv = {"data": runs, "out": tmp_path, "size": 32}
+    fails(train_teacher.main, flags(data=runs, **B0, out=tmp_path), runs / "val", "--val-share")
+    bad = flags(trained[1][1], **argv, split="test", val_share=0.15)
+    fails(evaluate.main, bad, "--split test", "--val-share")
+    for n, path in enumerate(sorted(runs.glob("train/*/*"))):
+        path.rename(path.with_name(f"{chr(97 + n % len(NAMES))}1.png"))
+    fails(data.main, flags(**argv, val_share=0.15), "--val-share 0.15", "runs of names")
 
 
 # ------------------------------------------------------------ augmentation and order
@@ -1068,7 +1240,7 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
         patch.setattr(torch.optim, "AdamW", keep_optimizer)
         state = train_teacher.State("a", args, world, train, val)
         functions = prepare or prepare_with_teacher, loss_fn or three_losses
-        _, history = train_teacher.fit(model, state, *functions, train, val, args, world)
+        _, history = train_teacher.fit(model, state, *functions, train, val, class_weight, args, world)
     return model, kept["gradients"], history[-1], kept["optimizer"]
 
 
@@ -1162,7 +1334,7 @@ def test_returns_student_and_history_and_writes_what_readme_says(trained):
     out, _, student, history = trained
     assert isinstance(student, transformers.SegformerForSemanticSegmentation) and not student.training
     names = {"deep_lab.pth", "deep_lab.jsonl", "deep_lab_curves.png", "segformer-b0.pth", "best_student.pth",
-             "best_student.jsonl", "training_curves.png"}
+             "best_student.jsonl", "best_student.csv", "training_curves.png"}
     assert names <= {p.name for p in out.iterdir()} and (out / "checkpoints" / "best_student.pth").exists()
     log = read_log(out / "best_student.jsonl")
     run = log[0]["run"]
@@ -1173,6 +1345,93 @@ def test_returns_student_and_history_and_writes_what_readme_says(trained):
     assert len(log) == 2 and keys <= log[1].keys() and log[1:] == history
     assert list(log[1]["val_iou"]) == [c["name"] for c in data.DESERT]
     assert log[1]["loss"] == pytest.approx(0.5 * log[1]["hard"] + 0.5 * log[1]["soft"], rel=0.3)
+
+
+@pytest.fixture
+def partly_labelled(copy_of):
+    """The scenes, where the validation images have labels on very different shares of their pixels."""
+    for n, path in enumerate(sorted((copy_of / "val" / "Segmentation").iterdir())):
+        convert(lambda values, n=n: np.where(np.arange(len(values))[:, None] < 30 * n, 4242, values).astype(
+            np.uint16))(path)
+    return copy_of
+
+
+def test_validation_loss_is_cross_entropy_over_all_pixels_of_the_split(partly_labelled, tmp_path,
+                                                                       monkeypatch):
+    panels: dict = {}
+    monkeypatch.setattr(evaluate, "draw_panel", lambda draw, x, y, title, epochs, series, *colors:
+                        panels.update({title: series}))
+    argv = flags(**{**B0, "data": partly_labelled, "out": tmp_path, "epochs": 2, "eval_every": 2})
+    model, history = train_teacher.main(argv)
+    train, val = (data.Split(partly_labelled, name, data.DESERT) for name in ("train", "val"))
+    logits, targets = [], []
+    for n in range(len(val)):
+        image, target = val.read(n)
+        z = models.compute_logits(model, data.eval_image(image, 64))
+        z = F.interpolate(z, target.shape, mode="bilinear", align_corners=False)     # (1, 10, H, W)
+        logits.append(z[0].flatten(1).T.double())
+        targets.append(torch.from_numpy(target).flatten().long())
+    weight = data.class_weights(train.counts).double()
+    single = [float(F.cross_entropy(z, t, weight, ignore_index=255))
+              for z, t in zip(logits, targets, strict=True)]
+    expected = float(F.cross_entropy(torch.cat(logits), torch.cat(targets), weight, ignore_index=255))
+    assert history[0]["val_loss"] is None and history[1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(statistics.mean(single) / expected - 1) > 1e-3                    # no mean over images
+    assert panels["loss and its parts"]["validation loss"] == [None, history[1]["val_loss"]]
+
+
+def validation_of_a_process(rank, scenes, folder, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    with train_teacher.join_processes("cpu") as world:
+        torch.save(validate_fresh(scenes, world), folder / f"{rank}.pth")
+
+
+def validate_fresh(scenes, world):
+    torch.manual_seed(0)
+    model, args = models.build("segformer-b0", data.DESERT), argparse.Namespace(size=64, workers=0)
+    val = data.Split(scenes, "val", data.DESERT)
+    return train_teacher.validate(model, val, args, world, None, torch.linspace(0.1, 3, 10))
+
+
+def test_two_processes_give_the_validation_of_one(partly_labelled, tmp_path):
+    scores = validate_fresh(partly_labelled, ALONE)
+    torch.multiprocessing.spawn(validation_of_a_process, (partly_labelled, tmp_path, free_port()), 2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        assert found.pop("loss") == pytest.approx(scores["loss"], rel=1e-9)
+        assert found == {key: value for key, value in scores.items() if key != "loss"}
+
+
+def test_validation_without_a_label_or_with_infinite_logits_has_no_loss(copy_of, monkeypatch):
+    for path in (copy_of / "val" / "Segmentation").iterdir():
+        convert(lambda values: np.full_like(values, 255))(path)
+    monkeypatch.setattr(data, "find_label_format", lambda *a: "indices")
+    assert validate_fresh(copy_of, ALONE)["loss"] is None
+    monkeypatch.setattr(train_teacher, "hard_loss", lambda z, target, weight: torch.tensor(torch.inf))
+    assert validate_fresh(copy_of, ALONE)["loss"] is None
+
+
+def test_csv_holds_the_numbers_of_the_history(trained, scenes, tmp_path):
+    out, _, _, records = trained
+    _, history = train_teacher.main(flags(data=scenes, **B0, out=tmp_path, epochs=3, eval_every=2))
+    for path, epochs in ((tmp_path / "segformer-b0.csv", history), (out / "best_student.csv", records)):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(epochs)
+        for row, record in zip(rows, epochs, strict=True):
+            iou = record["val_iou"] or dict.fromkeys(data.class_names(data.DESERT))
+            flat = {**record, **{f"val_iou_{name}": value for name, value in iou.items()}}
+            del flat["val_iou"], flat["parts"]
+            assert {key: float(text) if text else None for key, text in row.items()} == flat
+    assert list(row)[:3] == ["epoch", "step", "alpha"]
+
+
+def test_csv_has_the_columns_of_all_epochs_and_quotes_names():
+    table = train_teacher.csv_table([{"epoch": 1, "step": 3, "parts": ["a"], "val_iou": None},
+                                     {"epoch": 2, "step": 6, "val_iou": {'Lush, "Bushes"': 0.1, "b": None}}])
+    assert table == 'epoch,step,"val_iou_Lush, ""Bushes""",val_iou_b\n1,3,,\n2,6,0.1,\n'
+    assert train_teacher.csv_table([]) == "epoch,step\n"
 
 
 def test_checkpoint_holds_plain_types_and_its_scores(trained):
@@ -1973,6 +2232,14 @@ def all_masks(change):
     return apply
 
 
+def all_colors(change, but_one=False):
+    def apply(folder):
+        for path in sorted((folder / "train" / "Segmentation").iterdir())[but_one:]:
+            in_colors(path)
+            convert(lambda values: change(values).astype(np.uint8))(path)
+    return apply
+
+
 def empty(folder):
     for part in ("Color_Images", "Segmentation"):
         for path in (folder / "train" / part).iterdir():
@@ -2026,7 +2293,16 @@ BAD_DATA = {
     "truncated image": (image(truncate), ["scene0000.png", "damaged image"]),
     "truncated mask": (mask(truncate), ["scene0000.png", "damaged mask"]),
     "text as png": (image(lambda p: p.write_text("hello")), ["scene0000.png", "cannot be read"]),
-    "rgb mask": (mask(blank(192, 108)), ["scene0000.png", "mode RGB", "greyscale"]),
+    "one rgb mask": (mask(blank(192, 108)), ["scene0001.png", "must not mix"]),
+    "rgb masks of numbers": (all_masks(lambda m: np.dstack([m // 100, m // 100, m // 100]).astype(np.uint8)),
+                             ["scene0000.png", "no colour", "--classes"]),
+    "colours of a JPEG": (all_colors(lambda m: np.random.default_rng(0).integers(0, 256, (108, 192, 3))),
+                          ["scene0000.png", "more than 100 colours", "JPEG"]),
+    "one of ids among colours": (all_colors(lambda m: m, but_one=True), ["scene0000.png", "must not mix"]),
+    "transparent mask": (mask(lambda p: Image.new("RGBA", (192, 108), (0, 0, 0, 9)).save(p)),
+                         ["scene0000.png", "transparent"]),
+    "grey mask with alpha": (mask(lambda p: Image.new("LA", (192, 108)).save(p)),
+                             ["scene0000.png", "mode LA", "greyscale"]),
     "high byte": (all_masks(high_byte), ["high byte", "depth unchanged"]),
     "clipped": (all_masks(clip), ["clipped at 255", "depth unchanged"]),
     "modulo": (all_masks(lambda m: (m & 255).astype(np.uint8)), ["modulo 256", "depth unchanged"]),
@@ -2590,7 +2866,8 @@ def steps_of_fit(args, split, ask_teachers, folder, steps):
     args = argparse.Namespace(**{**vars(args), "out": folder, "steps": steps + 3})
     state = train_teacher.State("bench", args, ALONE, split, split)
     model = models.build("segformer-b1", data.DESERT)
-    train_teacher.fit(model, state, timed_prepare, distill.make_loss(args), split, split, args, ALONE)
+    loss_fn = distill.make_loss(args)
+    train_teacher.fit(model, state, timed_prepare, loss_fn, split, split, class_weight, args, ALONE)
     return [1000 * (b - a) for a, b in itertools.pairwise(starts)][2:]
 
 

@@ -13,6 +13,8 @@ mIoU .380 in 37 minutes, SegFormer-B3 .351 in 36; after 100 more .411 and .394 (
 """
 import contextlib
 import copy
+import csv
+import io
 import json
 import math
 import os
@@ -45,12 +47,13 @@ CHECK_EVERY = 10                                 # steps between two looks at va
 
 
 # ------------------------------------------------------------ the training loop
-def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
+def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, adapters=None):
     """Trains `model`; returns it with its last weights, in eval mode, and one record per epoch.
 
     state: where the run stands and what it writes
     prepare: batch of the loader -> the batch on the device, with targets and pixel weights
     loss_fn: (network, batch, progress) -> (0-d loss, {part: 0-d tensor or number}); progress goes 0 -> 1
+    class_weight: (C,) of the hard loss, for the validation loss
     adapters: a module that is trained too but is no part of the checkpoint"""
     device, dtype, started = world.device, amp_dtype(args.amp, world.device), time.time()
     # an epoch is one pass over the pairs; unlabelled images fill their share of each batch
@@ -94,8 +97,8 @@ def fit(model, state, prepare, loss_fn, train, val, args, world, adapters=None):
         scores = None
         if record["epoch"] % args.eval_every == 0 or state.step == total:
             with signals.raised_at_once(world.size == 1):     # several processes must stop at the same step
-                scores = validate(model, val, args, world, dtype)
-        for key in ("miou", "miou_present", "pixel_accuracy", "iou"):
+                scores = validate(model, val, args, world, dtype, class_weight)
+        for key in ("loss", "miou", "miou_present", "pixel_accuracy", "iou"):
             record[f"val_{key}"] = scores[key] if scores else None
         state.record(record)
         report(state, train.classes, bar)
@@ -224,14 +227,23 @@ def normalize_weights(batches, world):
 
 
 @torch.no_grad()
-def validate(model, val, args, world, dtype):
-    """The scores of the present weights on the validation split."""
+def validate(model, val, args, world, dtype, class_weight):
+    """The scores of the present weights on the validation split, and their "loss": the hard loss as one
+    weighted mean over all labelled pixels of the split, None where it is not finite or there are none."""
     if world.size > 1:                                        # BatchNorm's buffers differ on CPU
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     frozen = optimize_for_inference(copy.deepcopy(model), dtype)
     indices = range(world.rank, len(val), world.size)
-    return compute_scores(evaluate(frozen, val, args.size, dtype, args.workers, indices), val.classes)
+    sums = torch.zeros(2, dtype=exact_dtype(world.device), device=world.device)      # loss, its weights
+
+    def add_loss(z, target):
+        weight = hard_weights(target, class_weight)
+        sums.add_(torch.stack([hard_loss(z, target, weight), weight.sum()]))
+    confusion = evaluate(frozen, val, args.size, dtype, args.workers, indices, add_loss)
+    sums = world.sum(sums)
+    loss = float(sums[0] / sums[1])
+    return {"loss": loss if math.isfinite(loss) else None, **compute_scores(confusion, val.classes)}
 
 
 # ------------------------------------------------------------ figures of an epoch
@@ -244,13 +256,18 @@ def add_parts(parts, own, micro_batches):
 
 def add_to_sums(sums, parts, finite):
     """Adds a step, unless it was skipped, to the epoch's {name: 0-d tensor}, on the device."""
-    exact = torch.float32 if finite.device.type == "mps" else torch.float64
+    exact = exact_dtype(finite.device)
     for name, value in parts.items():
         if not isinstance(value, torch.Tensor):
             value = torch.full((), value, device=finite.device)
         sums[name] = sums.get(name, 0) + value.to(exact).where(finite, 0)
     sums["steps"] = sums.get("steps", 0) + finite.to(exact)
     sums["skipped"] = sums.get("skipped", 0) + (~finite).to(exact)
+
+
+def exact_dtype(device):
+    """Of sums over many values; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def epoch_means(sums, world):
@@ -439,10 +456,28 @@ def describe_run(model, args, train, val, world, dtype, total, steps_per_epoch):
 
 
 def write_log(state):
-    """Writes the whole log, each epoch once: torn lines and epochs that were not kept disappear."""
+    """Writes the whole log and its table, each epoch once: torn lines and epochs not kept disappear."""
     if state.world.rank == 0:
         lines = "".join(json.dumps(entry) + "\n" for entry in (state.header, *state.history))
         data.write_atomic(state.best_path.with_suffix(".jsonl"), lines.encode())
+        data.write_atomic(state.best_path.with_suffix(".csv"), csv_table(state.history).encode())
+
+
+def csv_table(history):
+    """Epoch records without "parts" as CSV: one row each, with those of val_iou as val_iou_NAME; None is
+    empty. The columns are those of all epochs together."""
+    rows, columns = [], {"epoch": None, "step": None}
+    for record in history:
+        row = {key: value for key, value in record.items() if key not in ("parts", "val_iou")}
+        for name, value in (record["val_iou"] or {}).items():
+            row[f"val_iou_{name}"] = value
+        rows.append(row)
+        columns.update(dict.fromkeys(row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def report(state, classes, bar):
@@ -611,8 +646,8 @@ def open_data(args, world):
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be made ({error.strerror}); choose another") from None
     with world.rank_0_first():
-        train = data.Split(root, "train", classes, args.masks, out, args.unlabelled)
-        val = data.Split(root, "val", classes, args.masks, out)
+        train = data.Split(root, "train", classes, args.masks, out, args.unlabelled, args.val_share)
+        val = data.Split(root, "val", classes, args.masks, out, val_share=args.val_share)
         check_batch(args, len(train), world)
     world.print(train.describe())
     world.print(val.describe())
@@ -684,7 +719,7 @@ def main(argv=()):
             loss = hard_loss(network(batch.image), batch.target, batch.weights["hard"])
             return loss, {"hard": loss}
 
-        return fit(model, state, prepare, loss_fn, train, val, args, world)
+        return fit(model, state, prepare, loss_fn, train, val, class_weight, args, world)
 
 
 if __name__ == "__main__":
