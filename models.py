@@ -263,8 +263,10 @@ def fold_batchnorm(model):
 
 # ------------------------------------------------------------ checkpoints
 def save_model(path, model, arch, classes, **meta):
-    """Writes a checkpoint of plain types: the state dict, and all that rebuilds the network."""
-    content = {"model_state_dict": model.state_dict(), "arch": arch, "classes": classes, "mean": list(MEAN),
+    """Writes a checkpoint of plain types: the state dict, spelt as transformers 4 does and save_pretrained
+    of either version, and all that rebuilds the network."""
+    state = {old_key(key): value for key, value in model.state_dict().items()}
+    content = {"model_state_dict": state, "arch": arch, "classes": classes, "mean": list(MEAN),
                "std": list(STD), **meta}
     write_atomic(path, lambda file: torch.save(content, file))
 
@@ -417,7 +419,8 @@ def load_file(model, arch, classes, path):
 
 
 # ------------------------------------------------------------ keys of state dicts
-# transformers 5 renamed SegFormer's parts; checkpoints of both spellings are read under either version
+# transformers 5 renamed SegFormer's parts; checkpoints of both spellings are read under either version, and
+# written in the one of transformers 4, as save_pretrained does
 RENAMED = [(r"stages\.(\d+)\.patch_embeddings\.", r"encoder.patch_embeddings.\1."),
            (r"stages\.(\d+)\.blocks\.", r"encoder.block.\1."),
            (r"stages\.(\d+)\.layer_norm\.", r"encoder.layer_norm.\1."),

@@ -37,7 +37,7 @@ from data import InputError, RunError
 from evaluate import compute_scores, draw_curves, evaluate
 from losses import hard_loss, hard_weights
 from models import (TEACHER_NAMES, add_model_flags, amp_dtype, autocast, build, describe_device,
-                    optimize_for_inference, pick_device, safe_load, save_model)
+                    optimize_for_inference, pick_device, safe_load, save_model, translate)
 
 COUNTERS = ("logits_clamped", "soft_clamped")  # parts of a loss that are counted over an epoch, not averaged
 CHECK_EVERY = 10  # steps between two reads of values on the device, which waits
@@ -363,7 +363,7 @@ class State:
         name, device = self.name, self.world.device
         if self.saved:
             training = self.saved["training"]
-            model.load_state_dict(self.saved["model_state_dict"])
+            model.load_state_dict(translate(self.saved["model_state_dict"], model))
             if not self.done:
                 optimizer.load_state_dict(training["optimizer"])
                 scaler.load_state_dict(training["scaler"])
