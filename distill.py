@@ -40,7 +40,7 @@ from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, ha
                     soft_loss, soft_weights)
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
                     compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
-                    parse_weights, predict)
+                    parse_weights, predict, weights_file)
 from train_teacher import State, as_json, fit, join_processes, open_data
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
@@ -122,7 +122,7 @@ def load_teachers(args):
     teachers = [load_model(path, classes=classes, flag="--teachers") for path in paths]
     digests = []
     for path in paths:
-        with open(path, "rb") as file:
+        with open(weights_file(path, "--teachers"), "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
     return digests, teachers
 
@@ -396,10 +396,11 @@ def make_parser():
     parser = data.Parser(__doc__, "python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
     group = add_model_flags(parser, "segformer-b1")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH",
-                       help="the student's first weights; teacher: embeddings, norms and an even choice of a "
-                       "SegFormer teacher's blocks")
+                       help="the student's first weights, as in train_teacher.py; teacher: embeddings, norms "
+                       "and an even choice of a SegFormer teacher's blocks")
     group.add_argument("--teachers", nargs="+", metavar="CKPT",
-                       help="their checkpoints; without it, deep_lab.pth and best_model.pth in --out")
+                       help="checkpoints, or SegFormer folders or hub names; without it, deep_lab.pth and "
+                       "best_model.pth in --out")
     group = parser.add_argument_group("distillation")
     group.add_argument("--T", type=number(float, 1e-3, 1000), default=2.0,
                        help="temperature of the soft loss (Hinton et al. 2015)")

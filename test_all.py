@@ -11,6 +11,7 @@ D  slow: killed processes, signals, torchrun, ONNX, timing
 """
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -806,10 +807,116 @@ def test_failed_download_is_said_in_one_line(monkeypatch, tmp_path, fails, scene
     def no_route(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_route)
-    monkeypatch.setattr(models, "hf_hub_download", no_route)
+    monkeypatch.setattr(models, "snapshot_download", no_route)
     for arch in ("deeplab", "segformer"):
         argv = flags(arch=arch, data=scenes, out=tmp_path)
         fails(train_teacher.main, argv, "--init imagenet", "no route to host", "--init PATH", "--init random")
+    name, common = "nvidia/segformer-b3-finetuned-ade-512-512", {"data": scenes, "out": tmp_path}
+    fails(train_teacher.main, flags(init=name, **common), f"--init {name}:", "no route", "--init random")
+    fails(distill.main, flags(teachers=name, **common), f"--teachers {name}:", "no route")
+    fails(train_teacher.main, flags(init="outputs/typo.pth", **common), "outputs/typo.pth: no such file")
+
+
+def save_folder(folder, names, spelling="old", arch="segformer-b0", **changed):
+    """A fine-tuned SegFormer as others publish it; returns its network, a stock one, no weight as at first.
+
+    names: of its classes, or their number; changed: values of config.json."""
+    labels = {"num_labels": names} if isinstance(names, int) else {"id2label": dict(enumerate(names))}
+    own = models.build(arch, data.DESERT).config
+    config = transformers.SegformerConfig(depths=own.depths, hidden_sizes=own.hidden_sizes,
+                                          decoder_hidden_size=own.decoder_hidden_size, **labels, **changed)
+    torch.manual_seed(7)
+    stock = transformers.SegformerForSemanticSegmentation(config).eval()
+    randomize_norms(stock)
+    for parameter in stock.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    stock.save_pretrained(folder)
+    transformers.SegformerImageProcessor().save_pretrained(folder)
+    state = {respell(key, spelling): value for key, value in stock.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return stock
+
+
+def spelt_old(state):
+    return {models.old_key(key): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_fine_tuned_folder_as_init_brings_encoder_and_head(spelling, tmp_path, fails, scenes, capsys):
+    names = data.class_names(data.DESERT)
+    for folder, labels in (("ade", 150), ("same", names), ("turned", names[::-1])):
+        stock = save_folder(tmp_path / folder, labels, spelling)
+        own = models.build("segformer-b0", data.DESERT, str(tmp_path / folder))
+        out, left_out = capsys.readouterr().out, set()
+        ours, theirs = spelt_old(own.state_dict()), spelt_old(stock.state_dict())
+        for key, value in theirs.items():
+            if ours[key].shape != value.shape or not torch.equal(ours[key], value):
+                left_out.add(key)
+        classifier = {"decode_head.classifier.weight", "decode_head.classifier.bias"}
+        assert left_out == (set() if folder == "same" else classifier)
+        assert out.count("its classifier is left out") == (folder != "same")
+        assert ("150 classes, not 10" in out) == (folder == "ade")
+        assert ("classes of other names" in out) == (folder == "turned")
+        if folder == "same":
+            x = torch.randn(1, 3, 64, 96)
+            assert torch.allclose(own.eval()(x), stock(x).logits, atol=2e-5)
+    argv = flags(arch="segformer-b1", data=scenes, out=tmp_path / "o", init=tmp_path / "ade")
+    fails(train_teacher.main, argv, f"--init {tmp_path / 'ade'}: holds segformer-b0, not segformer-b1")
+    argv = flags(arch="deeplab", data=scenes, out=tmp_path / "o", init=tmp_path / "ade")
+    fails(train_teacher.main, argv, "holds segformer-b0, not deeplab")
+    train_teacher.main(flags(**{**B0, "init": tmp_path / "ade"}, data=scenes, out=tmp_path / "o", steps=1))
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_anybodys_segformer_is_a_checkpoint(spelling, tmp_path, scenes, fails, capsys):
+    """It teaches, is scored and labels images, with the logits of the stock class."""
+    stock = save_folder(tmp_path / "hf", data.class_names(data.DESERT), spelling)
+    model, meta = models.load_model(tmp_path / "hf")
+    x = torch.randn(2, 3, 64, 96)
+    assert torch.allclose(model(x), stock(x).logits, atol=2e-5)
+    assert meta["classes"] == data.DESERT and meta["val_iou"] == {} and meta["size"] == 512
+    assert meta["arch"] == "segformer-b0" and meta["image_size"] == [960, 540]
+    common = {"data": scenes, "out": tmp_path / "o"}
+    distill.main(flags(**B0, **common, teachers=tmp_path / "hf", cache_teachers=True, steps=2))
+    weights = tmp_path / "hf" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    assert json.loads((tmp_path / "o" / "teacher_cache.json").read_text())["teachers"] == [digest]
+    rows = evaluate.main(flags(tmp_path / "hf", **common, size=64, workers=0))
+    assert rows[0]["size"] == weights.stat().st_size
+    infer.main(flags(next((scenes / "val" / "Color_Images").iterdir()), checkpoint=tmp_path / "hf", size=64,
+                     out=tmp_path / "p"))
+    capsys.readouterr()
+    argv = flags(**B0, **common, teachers=tmp_path / "hf", teacher_weights="auto", overwrite=True)
+    fails(distill.main, argv, "--teacher-weights auto")
+
+
+def test_folders_that_cannot_teach_are_refused_in_one_line(tmp_path, scenes, fails):
+    names, processor = data.class_names(data.DESERT), tmp_path / "mean" / "preprocessor_config.json"
+    save_folder(tmp_path / "turned", names[::-1])
+    save_folder(tmp_path / "ade", 150)
+    save_folder(tmp_path / "generic", 10)
+    save_folder(tmp_path / "heads", names, num_attention_heads=[1, 1, 5, 8])
+    for name in ("mean", "raw", "cut", "other"):
+        save_folder(tmp_path / name, names)
+    processor.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))
+    (tmp_path / "raw" / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    (tmp_path / "cut" / "config.json").write_text('{"id2label": {"a": ')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "resnet"}')
+    encoder = transformers.SegformerForImageClassification(models.build("segformer-b0", data.DESERT).config)
+    encoder.save_pretrained(tmp_path / "mit")
+    common = {"data": scenes, "out": tmp_path / "o", **B0}
+    for name, words in (("turned", ["class 0 is 'Sky', not 'Trees'", "--classes"]),
+                        ("ade", ["config.json names no classes", "--classes FILE"]),
+                        ("generic", ["config.json names no classes", "--classes FILE"]),
+                        ("heads", ["num_attention_heads is [1, 1, 5, 8]"]),
+                        ("mean", ["another normalization ([0.5, 0.5, 0.5]"]), ("raw", ["normalization"]),
+                        ("cut", ["config.json", "damaged"]), ("other", ["model_type is resnet"]),
+                        ("mit", ["no network of this project"])):
+        fails(distill.main, flags(teachers=tmp_path / name, **common), tmp_path / name, *words)
+    (tmp_path / "desert.json").write_text(json.dumps(data.DESERT))
+    named = {**common, "classes": tmp_path / "desert.json"}
+    fails(distill.main, flags(teachers=tmp_path / "ade", **named), "150 classes, the class table 10")
+    distill.main(flags(teachers=tmp_path / "generic", **named, steps=1))
 
 
 class Fixed(nn.Module):
