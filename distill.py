@@ -455,7 +455,7 @@ def main(argv=()):
         state = State.load(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         init = state.init(args.init)
-        student = build(args.arch, train.classes, "random" if init == "teacher" else init)
+        student = build(args.arch, train.classes, "random" if init == "teacher" else init, args.init_partial)
         if init == "teacher":
             start_from_teacher(student, [model for model, _ in teachers])
         adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None

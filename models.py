@@ -126,8 +126,10 @@ class SegFormer(SegformerForSemanticSegmentation):
         return weights, bias
 
 
-def build(arch, classes, init="random"):
-    """A network of `arch` for a class table. `init`: "random", "imagenet", a path or hub name: see --init."""
+def build(arch, classes, init="random", partial=False):
+    """A network of `arch` for a class table. `init`: "random", "imagenet", a path or hub name: see --init.
+
+    partial: --init-partial."""
     if arch == "deeplab":
         model = DeepLabV3Plus(len(classes))
     elif arch in SEGFORMERS:
@@ -140,7 +142,7 @@ def build(arch, classes, init="random"):
     if init == "imagenet":
         load_imagenet(model, arch, classes)
     elif init != "random":
-        load_init(model, arch, classes, init)
+        load_init(model, arch, classes, init, partial=partial)
     return model
 
 
@@ -426,20 +428,29 @@ def load_imagenet(model, arch, classes):
         load_init(model, arch, classes, f"nvidia/mit-{arch[-2:]}", "--init imagenet:")
 
 
-def load_backbone(model, state, where):
-    """A ResNet50 state dict into DeepLab's backbone; every weight but the classifier's must arrive."""
+def load_backbone(model, state, where, partial=False):
+    """A ResNet50 state dict into DeepLab's backbone; every weight but the classifier's must arrive, with
+    `partial` those of the parts (conv1, bn1, layer1 to layer4) that the state dict has."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    if partial:
+        arriving, own = {key.split(".")[0] for key in state}, model.backbone.state_dict()
+        rest = {key: value for key, value in own.items() if key.split(".")[0] not in arriving}
+        if rest:
+            print(f"{where}: starts at random: {', '.join(dict.fromkeys(key.split('.')[0] for key in rest))}")
+        state.update(rest)
     load_weights(model.backbone, state, where, "a ResNet50")
 
 
-def load_init(model, arch, classes, init, flag="--init"):
+def load_init(model, arch, classes, init, flag="--init", partial=False):
     """--init: a ResNet50 state dict for deeplab; a checkpoint, or a folder or hub name of a SegFormer, of the
     same architecture, without the classifier where the classes are others; or an encoder alone (mit-bN)."""
     where = f"{flag} {init}"
     state, meta = read_checkpoint(init, flag)
     if arch == "deeplab" and "layer1.0.conv1.weight" in state:
-        load_backbone(model, state, where)
+        load_backbone(model, state, where, partial)
         return
+    if partial:
+        raise InputError(f"--init-partial: {init} is no ResNet50 state dict for --arch deeplab; leave it out")
     own, names, found = model.state_dict(), meta.get("names"), guess_arch(state)
     state = translate(state, model)
     if names is not None and not any(key.startswith("decode_head.") for key in state):

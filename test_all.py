@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py                               # minutes; -m "" adds the slow ones
     python -m pytest -m slow -s -k bench test_all.py              # what a training step costs here
     OFFROAD_DATA=DIR python -m pytest ...                         # also on real pairs in DIR/train, DIR/val
+    OFFROAD_WEIGHTS=DIR python -m pytest ...                      # also with DIR/resnet50_in1k_to_layer3.pth
 
 A  pure functions: data, losses, models, scores
 B  the pipeline, through each script's main()
@@ -52,6 +53,7 @@ import train_teacher
 HERE = Path(__file__).parent
 REAL = os.environ.get("OFFROAD_DATA")
 real = pytest.mark.skipif(not REAL, reason="OFFROAD_DATA names no folder of real pairs")
+WEIGHTS = os.environ.get("OFFROAD_WEIGHTS")
 CPU = torch.device("cpu")
 ALONE = train_teacher.World(0, 1, CPU)           # the world of one process
 PLAIN = {"amp": "off", "workers": 0, "device": "cpu"}
@@ -792,6 +794,45 @@ def test_resnet50_state_dict_arrives_whole(tmp_path):
     model = models.build("deeplab", data.DESERT, str(tmp_path / "resnet.pth"))
     theirs = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
     assert states_equal(model.backbone.state_dict(), theirs)
+
+
+def test_resnet50_without_whole_layers_is_refused_or_completed_at_random(tmp_path, scenes, fails, capsys):
+    """What is there arrives, the rest keeps the bits that it has without --init."""
+    torch.manual_seed(1)
+    source = torchvision.models.resnet50().state_dict()
+    cut = {key: value for key, value in source.items() if not key.startswith(("layer4.", "bn1.", "fc."))}
+    torch.save(cut, tmp_path / "cut.pth")
+    del cut["layer2.0.conv1.weight"]                          # a hole, not a whole layer
+    torch.save(cut, tmp_path / "hole.pth")
+    common = {**TINY, "arch": "deeplab", "data": scenes, "out": tmp_path / "o", "steps": 1}
+    argv = flags(**{**common, "init": tmp_path / "cut.pth"})
+    fails(train_teacher.main, argv, f"--init {tmp_path / 'cut.pth'}", "not those of a ResNet50")
+    torch.manual_seed(0)
+    alone = models.build("deeplab", data.DESERT).state_dict()
+    torch.manual_seed(0)
+    model = models.build("deeplab", data.DESERT, str(tmp_path / "cut.pth"), partial=True)
+    assert capsys.readouterr().out.endswith("cut.pth: starts at random: bn1, layer4\n")
+    for key, value in model.state_dict().items():
+        name = key.removeprefix("backbone.")
+        arrives = key != name and name in source and not name.startswith(("layer4.", "bn1."))
+        assert torch.equal(value, source[name] if arrives else alone[key]), key
+    train_teacher.main([*argv, "--init-partial"])
+    assert "starts at random: bn1, layer4" in capsys.readouterr().out
+    common.update(init=tmp_path / "hole.pth", out=tmp_path / "p", init_partial=True)
+    argv = flags(**common)
+    fails(train_teacher.main, argv, "not those of a ResNet50", "layer2.0.conv1.weight")
+    models.save_model(tmp_path / "a.pth", model, "deeplab", data.DESERT)
+    argv = flags(**{**common, "init": tmp_path / "a.pth"})
+    fails(train_teacher.main, argv, "--init-partial", "a.pth is no ResNet50")
+
+
+@pytest.mark.skipif(not WEIGHTS, reason="OFFROAD_WEIGHTS names no folder with resnet50_in1k_to_layer3.pth")
+def test_imagenet_weights_up_to_layer3_arrive(capsys):
+    path = Path(WEIGHTS) / "resnet50_in1k_to_layer3.pth"
+    model = models.build("deeplab", data.DESERT, str(path), partial=True)
+    assert f"--init {path}: starts at random: layer4\n" in capsys.readouterr().out
+    own, source = model.backbone.state_dict(), torch.load(path, weights_only=True)
+    assert len(source) > 200 and all(torch.equal(own[key], value.float()) for key, value in source.items())
 
 
 def test_own_checkpoint_as_init(trained, capsys):

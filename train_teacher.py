@@ -662,6 +662,8 @@ def add_train_flags(parser):
     group.add_argument("--rare-class-sampling", action="store_true",
                        help="draw images with rare classes more often (DAFormer)")
     group = parser.add_argument_group("training")
+    group.add_argument("--init-partial", action="store_true",
+                       help="--init takes a ResNet50 that lacks whole layers; these start at random")
     group.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs")
     group.add_argument("--steps", type=number(int, 1), metavar="N", help="end after N steps")
     group.add_argument("--batch-size", type=number(int, 1), default=8, help="images per process and forward")
@@ -696,7 +698,7 @@ def main(argv=()):
         train, val, class_weight = open_data(args, world)
         state = State.load(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
-        model = build(args.arch, train.classes, state.init(args.init))
+        model = build(args.arch, train.classes, state.init(args.init), args.init_partial)
 
         def prepare(batch):
             batch = data.augment_on_device(batch, world.device)
