@@ -45,6 +45,7 @@ from train_teacher import State, as_json, fit, join_processes, open_data
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
 ALPHA_TERMS = ("kl", "cwd")                      # weights of losses on logits, which alpha weighs too
+TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 STAGE_TERMS = ("feature", "attention")           # weights of losses on stages, which it does not
 
 
@@ -167,17 +168,20 @@ def make_adapters(student, teachers):
     return adapters
 
 
-def start_from_teacher(student, teachers):
+def start_from_teacher(student, teachers, head=False):
     """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each
-    block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3)."""
+    block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3).
+
+    head: the decode head too, see copy_head; the teacher's must be at least as wide."""
     def fits(teacher):
         return (isinstance(teacher, SegFormer) and isinstance(student, SegFormer)
-                and teacher.config.hidden_sizes == student.config.hidden_sizes)
+                and teacher.config.hidden_sizes == student.config.hidden_sizes
+                and (not head or teacher.config.decoder_hidden_size >= student.config.decoder_hidden_size))
 
     teacher = next((teacher for teacher in teachers if fits(teacher)), None)
     if teacher is None:
-        raise InputError("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, "
-                         "random or a path")
+        raise InputError(f"--init teacher{'-head' * head}: no teacher is a SegFormer with the student's "
+                         f"widths{' and a head as wide' * head}; use imagenet, random or a path")
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
     for key in state:
@@ -190,6 +194,30 @@ def start_from_teacher(student, teachers):
             parts[4] = str(round(block * (theirs - 1) / max(1, own - 1)))
         state[key] = source[".".join(parts)].clone()
     student.load_state_dict(state)
+    if head:
+        copy_head(student.decode_head, teacher)
+
+
+@torch.no_grad()
+def copy_head(head, teacher):
+    """The D fused channels of the teacher that its classifier weighs most, as the D channels of the student's
+    head: the product of linear and fuse weight goes into the student's linear layers, and its fuse weight is
+    four identities, so that each chosen channel is computed exactly."""
+    source, width = teacher.decode_head, len(head.linear_fuse.weight)
+    # each channel's column times what BatchNorm scales its unit variance to
+    importance = source.classifier.weight.flatten(1).norm(dim=0) * source.batch_norm.weight.abs()
+    chosen = importance.topk(width).indices.sort().values
+    weights, bias = teacher.merge_head()
+    linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
+    for linear, weight in zip(linears, weights, strict=True):
+        linear.proj.weight.copy_(weight[chosen].flatten(1))
+        linear.proj.bias.zero_()
+    linears[0].proj.bias.copy_(bias[chosen])
+    head.linear_fuse.weight.copy_(torch.eye(width).repeat(1, len(linears))[..., None, None])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(head.batch_norm, name).copy_(getattr(source.batch_norm, name)[chosen])
+    head.classifier.weight.copy_(source.classifier.weight[:, chosen])
+    head.classifier.bias.copy_(source.classifier.bias)
 
 
 # ------------------------------------------------------------ the teacher cache
@@ -395,9 +423,9 @@ def make_parser():
     number = data.number
     parser = data.Parser(__doc__, "python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
     group = add_model_flags(parser, "segformer-b1")
-    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH",
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|teacher-head|PATH",
                        help="the student's first weights, as in train_teacher.py; teacher: embeddings, norms "
-                       "and an even choice of a SegFormer teacher's blocks")
+                       "and an even choice of a SegFormer teacher's blocks; teacher-head: its head too")
     group.add_argument("--teachers", nargs="+", metavar="CKPT",
                        help="checkpoints, or SegFormer folders or hub names; without it, deep_lab.pth and "
                        "best_model.pth in --out")
@@ -448,16 +476,17 @@ def main(argv=()):
         return demo(args)
     with join_processes(args.device) as world:
         digests, teachers = [], []
-        if needs_teachers(args) or args.init == "teacher":
+        if needs_teachers(args) or args.init in TEACHER_INITS:
             digests, teachers = load_teachers(args)
         train, val, class_weight = open_data(args, world)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         state = State.load(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         init = state.init(args.init)
-        student = build(args.arch, train.classes, "random" if init == "teacher" else init, args.init_partial)
-        if init == "teacher":
-            start_from_teacher(student, [model for model, _ in teachers])
+        first = "random" if init in TEACHER_INITS else init
+        student = build(args.arch, train.classes, first, args.init_partial)
+        if init in TEACHER_INITS:
+            start_from_teacher(student, [model for model, _ in teachers], init == "teacher-head")
         adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None
         ask_teachers = None
         if needs_teachers(args) and not state.done:           # a finished run needs no cache
