@@ -41,11 +41,12 @@ from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, ha
                     soft_loss, soft_weights)
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
                     compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
-                    parse_weights, predict)
+                    parse_weights, predict, weights_file)
 from train_teacher import State, as_json, fit, join_processes, open_data
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
 ALPHA_TERMS = ("kl", "cwd")                      # weights of losses on logits, which alpha weighs too
+TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 STAGE_TERMS = ("feature", "attention")           # weights of losses on stages, which it does not
 
 
@@ -123,7 +124,7 @@ def load_teachers(args):
     teachers = [load_model(path, classes=classes, flag="--teachers") for path in paths]
     digests = []
     for path in paths:
-        with open(path, "rb") as file:
+        with open(weights_file(path, "--teachers"), "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
     return digests, teachers
 
@@ -168,17 +169,20 @@ def make_adapters(student, teachers):
     return adapters
 
 
-def start_from_teacher(student, teachers):
+def start_from_teacher(student, teachers, head=False):
     """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each
-    block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3)."""
+    block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3).
+
+    head: the decode head too, see copy_head; the teacher's must be at least as wide."""
     def fits(teacher):
         return (isinstance(teacher, SegFormer) and isinstance(student, SegFormer)
-                and teacher.config.hidden_sizes == student.config.hidden_sizes)
+                and teacher.config.hidden_sizes == student.config.hidden_sizes
+                and (not head or teacher.config.decoder_hidden_size >= student.config.decoder_hidden_size))
 
     teacher = next((teacher for teacher in teachers if fits(teacher)), None)
     if teacher is None:
-        raise InputError("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, "
-                         "random or a path")
+        raise InputError(f"--init teacher{'-head' * head}: no teacher is a SegFormer with the student's "
+                         f"widths{' and a head as wide' * head}; use imagenet, random or a path")
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
     for key in state:
@@ -191,6 +195,30 @@ def start_from_teacher(student, teachers):
             parts[4] = str(round(block * (theirs - 1) / max(1, own - 1)))
         state[key] = source[".".join(parts)].clone()
     student.load_state_dict(state)
+    if head:
+        copy_head(student.decode_head, teacher)
+
+
+@torch.no_grad()
+def copy_head(head, teacher):
+    """The D fused channels of the teacher that its classifier weighs most, as the D channels of the student's
+    head: the product of linear and fuse weight goes into the student's linear layers, and its fuse weight is
+    four identities, so that each chosen channel is computed exactly."""
+    source, width = teacher.decode_head, len(head.linear_fuse.weight)
+    # each channel's column times what BatchNorm scales its unit variance to
+    importance = source.classifier.weight.flatten(1).norm(dim=0) * source.batch_norm.weight.abs()
+    chosen = importance.topk(width).indices.sort().values
+    weights, bias = teacher.merge_head()
+    linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
+    for linear, weight in zip(linears, weights, strict=True):
+        linear.proj.weight.copy_(weight[chosen].flatten(1))
+        linear.proj.bias.zero_()
+    linears[0].proj.bias.copy_(bias[chosen])
+    head.linear_fuse.weight.copy_(torch.eye(width).repeat(1, len(linears))[..., None, None])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(head.batch_norm, name).copy_(getattr(source.batch_norm, name)[chosen])
+    head.classifier.weight.copy_(source.classifier.weight[:, chosen])
+    head.classifier.bias.copy_(source.classifier.bias)
 
 
 # ------------------------------------------------------------ the teacher cache
@@ -396,11 +424,12 @@ def make_parser():
     number = data.number
     parser = data.Parser(__doc__, "python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
     group = add_model_flags(parser, "segformer-b1")
-    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH",
-                       help="the student's first weights; teacher: embeddings, norms and an even choice of a "
-                       "SegFormer teacher's blocks")
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|teacher-head|PATH",
+                       help="the student's first weights, as in train_teacher.py; teacher: embeddings, norms "
+                       "and an even choice of a SegFormer teacher's blocks; teacher-head: its head too")
     group.add_argument("--teachers", nargs="+", metavar="CKPT",
-                       help="their checkpoints; without it, deep_lab.pth and best_model.pth in --out")
+                       help="checkpoints, or SegFormer folders or hub names; without it, deep_lab.pth and "
+                       "best_model.pth in --out")
     group = parser.add_argument_group("distillation")
     group.add_argument("--T", type=number(float, 1e-3, 1000), default=2.0,
                        help="temperature of the soft loss (Hinton et al. 2015)")
@@ -448,16 +477,17 @@ def main(argv=()):
         return demo(args)
     with join_processes(args.device) as world:
         digests, teachers = [], []
-        if needs_teachers(args) or args.init == "teacher":
+        if needs_teachers(args) or args.init in TEACHER_INITS:
             digests, teachers = load_teachers(args)
         train, val, class_weight = open_data(args, world)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         state = State(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         init = state.init(args.init)
-        student = build(args.arch, train.classes, "random" if init == "teacher" else init)
-        if init == "teacher":
-            start_from_teacher(student, [model for model, _ in teachers])
+        first = "random" if init in TEACHER_INITS else init
+        student = build(args.arch, train.classes, first, args.init_partial)
+        if init in TEACHER_INITS:
+            start_from_teacher(student, [model for model, _ in teachers], init == "teacher-head")
         if args.init == "random" and not args.unlabelled and needs_teachers(args):
             world.print("note: from random weights, with a label on every image, these losses made students "
                         "worse than training alone; --init teacher helps, and so does --unlabelled DIR")

@@ -31,7 +31,7 @@ import data
 from data import InputError
 from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, compute_logits, describe_device,
                     ensemble_weights, load_model, optimize_for_inference, pick_device, predict,
-                    upsampled_labels)
+                    upsampled_labels, weights_file)
 
 
 # ------------------------------------------------------------ scores
@@ -178,7 +178,8 @@ def make_rows(args, checkpoints, device, dtype):
     stems = [Path(path).stem for path, _, _ in checkpoints]
     for (path, model, meta), stem in zip(checkpoints, stems, strict=True):
         rows.append({"name": stem if stems.count(stem) == 1 else str(path),
-                     "params": sum(p.numel() for p in model.parameters()), "size": Path(path).stat().st_size,
+                     "params": sum(p.numel() for p in model.parameters()),
+                     "size": weights_file(path).stat().st_size,
                      "gmacs": count_gmacs(optimize_for_inference(copy.deepcopy(model)))})
         model = optimize_for_inference(model.to(device), dtype)
         networks.append((model, args.size or meta["size"], False))

@@ -35,7 +35,7 @@ import data
 from data import InputError, RunError
 from evaluate import compute_scores, confusion_matrix, print_columns, time_interleaved
 from models import (SegFormer, add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device,
-                    predict, upsampled_labels)
+                    predict, upsampled_labels, weights_file)
 
 
 # ------------------------------------------------------------ labelling files
@@ -184,7 +184,7 @@ def export_int8(args, model, meta, target, shape):
     images = []
     for path in files[::max(1, len(files) // 64)][:64]:
         images.append(data.resized_image(data.read_image(path), shape[1], shape[0]).numpy())
-    rows = [("torch fp32", OnnxForm(model).eval(), Path(args.checkpoint).stat().st_size)]
+    rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         export_onnx(model, plain, shape)

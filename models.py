@@ -15,6 +15,7 @@ Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers,
 """
 import contextlib
 import itertools
+import json
 import logging
 import pickle
 import re
@@ -24,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
@@ -121,29 +122,23 @@ class SegFormer(SegformerForSemanticSegmentation):
         return weights, bias
 
 
-def build(arch, classes, init="random"):
-    """A network of `arch` for a class table. `init`: "random", "imagenet", or a path, see --init."""
+def build(arch, classes, init="random", partial=False):
+    """A network of `arch` for a class table. `init`: "random", "imagenet", a path or hub name: see --init.
+
+    partial: --init-partial."""
     if arch == "deeplab":
         model = DeepLabV3Plus(len(classes))
-        if init == "imagenet":
-            weights = torchvision.models.ResNet50_Weights.DEFAULT
-            with download_error():
-                state = weights.get_state_dict(progress=True, check_hash=True)
-            load_backbone(model, state, "--init imagenet")
     elif arch in SEGFORMERS:
         depths, widths, head_width = SEGFORMERS[arch]
         names = dict(enumerate(class_names(classes)))
         config = SegformerConfig(depths=list(depths), hidden_sizes=list(widths),
                                  decoder_hidden_size=head_width, id2label=names,
                                  label2id={name: n for n, name in names.items()})
-        if init == "imagenet":
-            with download_error():
-                return load_folder(f"nvidia/mit-{arch[-2:]}", arch, config)
-        if init != "random" and Path(init).is_dir():
-            return load_folder(init, arch, config)
         model = SegFormer(config)
-    if init not in ("random", "imagenet"):
-        load_file(model, arch, classes, init)
+    if init == "imagenet":
+        load_imagenet(model, arch, classes)
+    elif init != "random":
+        load_init(model, arch, classes, init, partial=partial)
     return model
 
 
@@ -259,15 +254,17 @@ def fold_batchnorm(model):
 
 # ------------------------------------------------------------ checkpoints
 def save_model(path, model, arch, classes, **meta):
-    """Writes a checkpoint of plain types: the state dict, and all that rebuilds the network."""
-    content = {"model_state_dict": model.state_dict(), "arch": arch, "classes": classes, "mean": list(MEAN),
+    """Writes a checkpoint of plain types: the state dict, spelt as transformers 4 does and save_pretrained
+    of either version, and all that rebuilds the network."""
+    state = {old_key(key): value for key, value in model.state_dict().items()}
+    content = {"model_state_dict": state, "arch": arch, "classes": classes, "mean": list(MEAN),
                "std": list(STD), **meta}
     write_atomic(path, lambda file: torch.save(content, file))
 
 
 def load_model(path, arch=None, classes=None, flag=""):
-    """(network in eval mode, meta) from a checkpoint alone; a bare state dict needs `arch`, and `classes` if
-    they are not the desert's.
+    """(network in eval mode, meta) from a checkpoint alone, or a SegFormer's folder or hub name; a bare state
+    dict needs `arch`, and `classes` if they are not the desert's.
 
     classes: the table wanted, whose names must be the checkpoint's; flag: what named the file, for messages.
     meta: arch, classes, mean, std, size, image_size [w, h], epoch, val_miou, val_iou {class: IoU}, args."""
@@ -289,21 +286,27 @@ def load_model(path, arch=None, classes=None, flag=""):
             raise InputError(f"{path}: damaged, its {key} is {meta[key]!r}; train it again")
     normalization = meta.get("mean", list(MEAN)), meta.get("std", list(STD))
     if normalization != (list(MEAN), list(STD)):
-        raise InputError(f"{path}: was trained with another normalization {normalization}; train it again")
+        raise InputError(f"{path}: was trained with another normalization {normalization}; train it again "
+                         "or name another")
     model = build(wanted, meta["classes"])
     load_weights(model, translate(state, model), str(path), wanted)
     return model.eval(), meta
 
 
 def checkpoint_classes(path, state, meta, classes):
-    """The class table to use with a checkpoint: `classes` if given, and then the names must be equal."""
+    """The class table to use with a checkpoint: `classes` if given, and then the names must be equal.
+
+    meta["names"]: of a folder, which has no ids and colours; [] if they are LABEL_0 and so on."""
     own = check_classes(meta["classes"], str(path)) if "classes" in meta else classes or DESERT
     wanted = classes or own
-    for table in (own, wanted):
+    if meta.get("names") == [] and (classes is None or classes is DESERT):
+        raise InputError(f"{path}: config.json names no classes; say with --classes FILE which they are")
+    names = meta.get("names") or class_names(own)
+    for table in (names, wanted):
         if len(table) != count_classes(state):
             raise InputError(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; "
                              "give the right --classes FILE")
-    for n, (a, b) in enumerate(zip(class_names(own), class_names(wanted), strict=True)):
+    for n, (a, b) in enumerate(zip(names, class_names(wanted), strict=True)):
         if a != b:
             raise InputError(f"{path}: was trained on another class table, its class {n} is {a!r}, not "
                              f"{b!r}; give its own --classes FILE")
@@ -311,27 +314,71 @@ def checkpoint_classes(path, state, meta, classes):
 
 
 def read_checkpoint(path, flag=""):
-    """(state dict, the rest) of a checkpoint of this project, or of a bare state dict from elsewhere."""
-    content = safe_load(path, flag)
+    """(state dict, the rest) of a checkpoint, a bare state dict from elsewhere, or a Hugging Face folder."""
+    where, file = f"{flag} {path}".strip(), weights_file(path, flag)
+    content = safe_load(file, flag)
     state = content.get("model_state_dict", content) if isinstance(content, dict) else None
     good = isinstance(state, dict) and len(state) > 0
     if not good or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        where = f"{flag} {path}".strip()
         raise InputError(f"{where}: holds no state dict; name a checkpoint of this project")
     meta = {} if state is content else {k: v for k, v in content.items() if k != "model_state_dict"}
-    return {key.removeprefix("module."): value for key, value in state.items()}, meta
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if file != Path(path):
+        meta = {"arch": guess_arch(state) or "segformer", **folder_meta(file.parent, where)}
+    return state, meta
+
+
+def weights_file(path, flag=""):
+    """The file with a network's weights: `path`, or one in that folder, or in the folder that a hub name is
+    downloaded to. A hub name is OWNER/NAME, where no such path exists."""
+    folder, names = Path(path), ("model.safetensors", "pytorch_model.bin")
+    hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pth)(?<!\.pt)", str(path))
+    if hub_name and not folder.exists():
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                 # one line is enough
+        with download_error(f"{flag} {path}".strip()):
+            for name in names:
+                wanted = ["config.json", "preprocessor_config.json", name]
+                folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+                if (folder / name).exists():
+                    break
+    return next((folder / name for name in names if (folder / name).exists()), folder)
+
+
+def folder_meta(folder, where):
+    """Names and normalization of a Hugging Face folder; InputError unless its SegFormer computes as ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        labels = config.get("id2label", {})
+        names = [labels[str(n)] for n in range(len(labels))]
+        processor = folder / "preprocessor_config.json"
+        found = json.loads(processor.read_text(encoding="utf-8")) if processor.exists() else {}
+        mean, std = found.get("image_mean", list(MEAN)), found.get("image_std", list(STD))
+        mean = mean if found.get("do_normalize", True) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: config.json or preprocessor_config.json is damaged ({brief(error)}); "
+                         "name another") from None
+    ours = {"model_type": "segformer", "num_attention_heads": [1, 2, 5, 8], "strides": [4, 2, 2, 2],
+            "hidden_act": "gelu"}                             # what no shape of a weight tells
+    for key, value in ours.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{where}: its {key} is {config[key]}, not {value}; name another")
+    generic = all(name == f"LABEL_{n}" for n, name in enumerate(names))
+    return {"names": [] if generic else names, "mean": mean, "std": std}
 
 
 def safe_load(path, flag=""):
     """torch.load with weights_only=True: plain types only; code in a pickle is refused without being run."""
     where = f"{flag} {path}".strip()
     try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
         with warnings.catch_warnings(action="ignore"):        # of a foreign pickle's protocol; see below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{where}: no such file; train it first or name another") from None
     except IsADirectoryError:
-        raise InputError(f"{where}: is a folder; name a .pth file") from None
+        raise InputError(f"{where}: is a folder without model.safetensors or pytorch_model.bin; "
+                         "name another, or a .pth file") from None
     except pickle.UnpicklingError:
         raise InputError(f"{where}: holds something other than plain weights, or is no checkpoint; it was "
                          "not run. Save a state dict") from None
@@ -353,67 +400,71 @@ def load_weights(model, state, where, what):
 
 # ------------------------------------------------------------ pretrained weights
 @contextlib.contextmanager
-def download_error():
+def download_error(where):
     """A failed download is one line, and never a silent start from random weights."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"--init imagenet: the weights cannot be downloaded ({brief(error)}); use --init "
-                         "PATH (a ResNet50 state dict, a folder of mit-bN, or a checkpoint) or --init random"
+    except (OSError, ValueError) as error:                    # ValueError: no valid name
+        advice = "name a file or folder that is here"
+        if where.startswith("--init"):
+            advice = ("use --init PATH (a ResNet50 state dict, a SegFormer's folder, or a checkpoint) or "
+                      "--init random")
+        raise InputError(f"{where}: is not here and cannot be downloaded ({brief(error)}); {advice}"
                          ) from None
 
 
-def load_backbone(model, state, where):
-    """A ResNet50 state dict into DeepLab's backbone; every weight but the classifier's must arrive."""
+def load_imagenet(model, arch, classes):
+    """--init imagenet: an encoder trained on ImageNet, downloaded."""
+    if arch == "deeplab":
+        with download_error("--init imagenet"):
+            weights = torchvision.models.ResNet50_Weights.DEFAULT
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        load_backbone(model, state, "--init imagenet")
+    else:
+        load_init(model, arch, classes, f"nvidia/mit-{arch[-2:]}", "--init imagenet:")
+
+
+def load_backbone(model, state, where, partial=False):
+    """A ResNet50 state dict into DeepLab's backbone; every weight but the classifier's must arrive, with
+    `partial` those of the parts (conv1, bn1, layer1 to layer4) that the state dict has."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    if partial:
+        arriving, own = {key.split(".")[0] for key in state}, model.backbone.state_dict()
+        rest = {key: value for key, value in own.items() if key.split(".")[0] not in arriving}
+        if rest:
+            print(f"{where}: starts at random: {', '.join(dict.fromkeys(key.split('.')[0] for key in rest))}")
+        state.update(rest)
     load_weights(model.backbone, state, where, "a ResNet50")
 
 
-def load_folder(path, arch, config):
-    """The encoder of a mit-bN folder (or hub name) with a new head; every encoder weight must arrive."""
-    transformers.logging.set_verbosity_error()                # it warns of the new head, which is meant
-    transformers.logging.disable_progress_bar()
-    local = Path(path).is_dir()
-    if not local:  # without internet, from_pretrained tries for minutes
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        hf_hub_download(path, "config.json")
-    try:
-        model, info = SegFormer.from_pretrained(path, config=config, output_loading_info=True,
-                                                ignore_mismatched_sizes=True)
-    except Exception as error:
-        if not local:
-            raise
-        raise InputError(f"--init {path}: not a readable folder of nvidia/mit-{arch[-2:]} ({brief(error)})"
-                         ) from None
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    wrong = [key for key in (*info["missing_keys"], *mismatched) if not key.startswith("decode_head.")]
-    wrong += [key for key in info["unexpected_keys"] if not key.startswith(("classifier.", "decode_head."))]
-    if wrong:
-        raise InputError(f"--init {path}: its weights are not those of {arch}: {len(wrong)} missing, "
-                         f"unexpected or of another shape, such as {wrong[0]}")
-    return model
-
-
-def load_file(model, arch, classes, path):
-    """--init PATH: a ResNet50 state dict for deeplab, or a checkpoint of the same architecture."""
-    state, _ = read_checkpoint(path, "--init")
+def load_init(model, arch, classes, init, flag="--init", partial=False):
+    """--init: a ResNet50 state dict for deeplab; a checkpoint, or a folder or hub name of a SegFormer, of the
+    same architecture, without the classifier where the classes are others; or an encoder alone (mit-bN)."""
+    where = f"{flag} {init}"
+    state, meta = read_checkpoint(init, flag)
     if arch == "deeplab" and "layer1.0.conv1.weight" in state:
-        load_backbone(model, state, f"--init {path}")
+        load_backbone(model, state, where, partial)
         return
-    found = guess_arch(state)
-    if found != arch:
-        raise InputError(f"--init {path}: holds {found or 'no network of this project'}, not {arch}")
+    if partial:
+        raise InputError(f"--init-partial: {init} is no ResNet50 state dict for --arch deeplab; leave it out")
+    own, names, found = model.state_dict(), meta.get("names"), guess_arch(state)
     state = translate(state, model)
-    if len(classes) != count_classes(state):                  # another class table: all but the classifier
-        print(f"--init {path}: has {count_classes(state)} classes, not {len(classes)}; "
-              "its classifier is left out")
-        own = model.state_dict()
+    if names is not None and not any(key.startswith("decode_head.") for key in state):
+        state = {key: value for key, value in state.items() if not is_classifier(key)}  # ImageNet's
+        state.update({key: value for key, value in own.items() if key.startswith("decode_head.")})
+    elif found != arch:
+        raise InputError(f"{where}: holds {found or 'no network of this project'}, not {arch}")
+    elif len(classes) != count_classes(state) or names not in (None, class_names(classes)):
+        count = count_classes(state)
+        others = f"{count} classes, not {len(classes)}" if count != len(classes) else "classes of other names"
+        print(f"{where}: has {others}; its classifier is left out")
         state = {key: own[key] if is_classifier(key) else value for key, value in state.items()}
-    load_weights(model, state, f"--init {path}", arch)
+    load_weights(model, state, where, arch)
 
 
 # ------------------------------------------------------------ keys of state dicts
-# transformers 5 renamed SegFormer's parts; checkpoints of both spellings are read under either version
+# transformers 5 renamed SegFormer's parts; checkpoints of both spellings are read under either version, and
+# written in the one of transformers 4, as save_pretrained does
 RENAMED = [(r"stages\.(\d+)\.patch_embeddings\.", r"encoder.patch_embeddings.\1."),
            (r"stages\.(\d+)\.blocks\.", r"encoder.block.\1."),
            (r"stages\.(\d+)\.layer_norm\.", r"encoder.layer_norm.\1."),

@@ -3,6 +3,7 @@
     python -m pytest -q test_all.py                               # minutes; -m "" adds the slow ones
     python -m pytest -m slow -s -k bench test_all.py              # what a training step costs here
     OFFROAD_DATA=DIR python -m pytest ...                         # also on real pairs in DIR/train, DIR/val
+    OFFROAD_WEIGHTS=DIR python -m pytest ...                      # also with DIR/resnet50_in1k_to_layer3.pth
 
 A  pure functions: data, losses, models, scores
 B  the pipeline, through each script's main()
@@ -12,6 +13,7 @@ D  slow: killed processes, signals, torchrun, ONNX, timing
 import argparse
 import copy
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -33,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -51,6 +54,7 @@ import train_teacher
 HERE = Path(__file__).parent
 REAL = os.environ.get("OFFROAD_DATA")
 real = pytest.mark.skipif(not REAL, reason="OFFROAD_DATA names no folder of real pairs")
+WEIGHTS = os.environ.get("OFFROAD_WEIGHTS")
 CPU = torch.device("cpu")
 ALONE = train_teacher.World(0, 1, CPU)           # the world of one process
 PLAIN = {"amp": "off", "workers": 0, "device": "cpu"}
@@ -901,11 +905,36 @@ def respell(key, spelling):
     return key
 
 
-def test_student_checkpoint_loads_into_the_stock_class(trained):
-    config = models.build("segformer-b1", data.DESERT).config
-    stock = transformers.SegformerForSemanticSegmentation(config)
-    result = stock.load_state_dict(weights_of(trained[0] / "best_student.pth"))
-    assert not result.missing_keys and not result.unexpected_keys
+def test_student_checkpoint_loads_into_the_stock_class(trained, tmp_path):
+    """Its keys are those of save_pretrained under either version of transformers; the stock class of the
+    installed one takes them by way of translate()."""
+    weights = weights_of(trained[0] / "best_student.pth")
+    stock = transformers.SegformerForSemanticSegmentation(models.build("segformer-b1", data.DESERT).config)
+    stock.save_pretrained(tmp_path)
+    assert weights.keys() == safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
+    assert all(key == respell(key, "old") for key in weights)
+    stock.load_state_dict(models.translate(weights, stock))
+    loaded, _ = models.load_model(trained[0] / "best_student.pth")
+    assert states_equal(stock.state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_a_run_saved_in_either_spelling_resumes_with_the_same_bits(spelling, scenes, tmp_path, monkeypatch):
+    """Runs begun under transformers 5 before checkpoints had one spelling hold the new one."""
+    def argv(out):
+        return flags(data=scenes, **B0, out=tmp_path / out, steps=3)
+    whole, _ = train_teacher.main(argv("whole"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train_teacher.Stopped):
+            train_teacher.main(argv("stopped"))
+    path = tmp_path / "stopped" / "checkpoints" / "segformer-b0.pth"
+    content = torch.load(path, weights_only=True)
+    state = content["model_state_dict"]
+    content["model_state_dict"] = {respell(key, spelling): value for key, value in state.items()}
+    torch.save(content, path)
+    resumed, _ = train_teacher.main(argv("stopped"))
+    assert states_equal(resumed.state_dict(), whole.state_dict())
 
 
 def test_bare_state_dict_loads_with_arch(tmp_path, fails, scenes):
@@ -939,6 +968,45 @@ def test_resnet50_state_dict_arrives_whole(tmp_path):
     assert states_equal(model.backbone.state_dict(), theirs)
 
 
+def test_resnet50_without_whole_layers_is_refused_or_completed_at_random(tmp_path, scenes, fails, capsys):
+    """What is there arrives, the rest keeps the bits that it has without --init."""
+    torch.manual_seed(1)
+    source = torchvision.models.resnet50().state_dict()
+    cut = {key: value for key, value in source.items() if not key.startswith(("layer4.", "bn1.", "fc."))}
+    torch.save(cut, tmp_path / "cut.pth")
+    del cut["layer2.0.conv1.weight"]                          # a hole, not a whole layer
+    torch.save(cut, tmp_path / "hole.pth")
+    common = {**TINY, "arch": "deeplab", "data": scenes, "out": tmp_path / "o", "steps": 1}
+    argv = flags(**{**common, "init": tmp_path / "cut.pth"})
+    fails(train_teacher.main, argv, f"--init {tmp_path / 'cut.pth'}", "not those of a ResNet50")
+    torch.manual_seed(0)
+    alone = models.build("deeplab", data.DESERT).state_dict()
+    torch.manual_seed(0)
+    model = models.build("deeplab", data.DESERT, str(tmp_path / "cut.pth"), partial=True)
+    assert capsys.readouterr().out.endswith("cut.pth: starts at random: bn1, layer4\n")
+    for key, value in model.state_dict().items():
+        name = key.removeprefix("backbone.")
+        arrives = key != name and name in source and not name.startswith(("layer4.", "bn1."))
+        assert torch.equal(value, source[name] if arrives else alone[key]), key
+    train_teacher.main([*argv, "--init-partial"])
+    assert "starts at random: bn1, layer4" in capsys.readouterr().out
+    common.update(init=tmp_path / "hole.pth", out=tmp_path / "p", init_partial=True)
+    argv = flags(**common)
+    fails(train_teacher.main, argv, "not those of a ResNet50", "layer2.0.conv1.weight")
+    models.save_model(tmp_path / "a.pth", model, "deeplab", data.DESERT)
+    argv = flags(**{**common, "init": tmp_path / "a.pth"})
+    fails(train_teacher.main, argv, "--init-partial", "a.pth is no ResNet50")
+
+
+@pytest.mark.skipif(not WEIGHTS, reason="OFFROAD_WEIGHTS names no folder with resnet50_in1k_to_layer3.pth")
+def test_imagenet_weights_up_to_layer3_arrive(capsys):
+    path = Path(WEIGHTS) / "resnet50_in1k_to_layer3.pth"
+    model = models.build("deeplab", data.DESERT, str(path), partial=True)
+    assert f"--init {path}: starts at random: layer4\n" in capsys.readouterr().out
+    own, source = model.backbone.state_dict(), torch.load(path, weights_only=True)
+    assert len(source) > 200 and all(torch.equal(own[key], value.float()) for key, value in source.items())
+
+
 def test_own_checkpoint_as_init(trained, capsys):
     path = trained[0] / "best_student.pth"
     model = models.build("segformer-b1", data.DESERT, str(path))
@@ -952,10 +1020,116 @@ def test_failed_download_is_said_in_one_line(monkeypatch, tmp_path, fails, scene
     def no_route(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_route)
-    monkeypatch.setattr(models, "hf_hub_download", no_route)
+    monkeypatch.setattr(models, "snapshot_download", no_route)
     for arch in ("deeplab", "segformer"):
         argv = flags(arch=arch, data=scenes, out=tmp_path)
         fails(train_teacher.main, argv, "--init imagenet", "no route to host", "--init PATH", "--init random")
+    name, common = "nvidia/segformer-b3-finetuned-ade-512-512", {"data": scenes, "out": tmp_path}
+    fails(train_teacher.main, flags(init=name, **common), f"--init {name}:", "no route", "--init random")
+    fails(distill.main, flags(teachers=name, **common), f"--teachers {name}:", "no route")
+    fails(train_teacher.main, flags(init="outputs/typo.pth", **common), "outputs/typo.pth: no such file")
+
+
+def save_folder(folder, names, spelling="old", arch="segformer-b0", **changed):
+    """A fine-tuned SegFormer as others publish it; returns its network, a stock one, no weight as at first.
+
+    names: of its classes, or their number; changed: values of config.json."""
+    labels = {"num_labels": names} if isinstance(names, int) else {"id2label": dict(enumerate(names))}
+    own = models.build(arch, data.DESERT).config
+    config = transformers.SegformerConfig(depths=own.depths, hidden_sizes=own.hidden_sizes,
+                                          decoder_hidden_size=own.decoder_hidden_size, **labels, **changed)
+    torch.manual_seed(7)
+    stock = transformers.SegformerForSemanticSegmentation(config).eval()
+    randomize_norms(stock)
+    for parameter in stock.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    stock.save_pretrained(folder)
+    transformers.SegformerImageProcessor().save_pretrained(folder)
+    state = {respell(key, spelling): value for key, value in stock.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return stock
+
+
+def spelt_old(state):
+    return {models.old_key(key): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_fine_tuned_folder_as_init_brings_encoder_and_head(spelling, tmp_path, fails, scenes, capsys):
+    names = data.class_names(data.DESERT)
+    for folder, labels in (("ade", 150), ("same", names), ("turned", names[::-1])):
+        stock = save_folder(tmp_path / folder, labels, spelling)
+        own = models.build("segformer-b0", data.DESERT, str(tmp_path / folder))
+        out, left_out = capsys.readouterr().out, set()
+        ours, theirs = spelt_old(own.state_dict()), spelt_old(stock.state_dict())
+        for key, value in theirs.items():
+            if ours[key].shape != value.shape or not torch.equal(ours[key], value):
+                left_out.add(key)
+        classifier = {"decode_head.classifier.weight", "decode_head.classifier.bias"}
+        assert left_out == (set() if folder == "same" else classifier)
+        assert out.count("its classifier is left out") == (folder != "same")
+        assert ("150 classes, not 10" in out) == (folder == "ade")
+        assert ("classes of other names" in out) == (folder == "turned")
+        if folder == "same":
+            x = torch.randn(1, 3, 64, 96)
+            assert torch.allclose(own.eval()(x), stock(x).logits, atol=2e-5)
+    argv = flags(arch="segformer-b1", data=scenes, out=tmp_path / "o", init=tmp_path / "ade")
+    fails(train_teacher.main, argv, f"--init {tmp_path / 'ade'}: holds segformer-b0, not segformer-b1")
+    argv = flags(arch="deeplab", data=scenes, out=tmp_path / "o", init=tmp_path / "ade")
+    fails(train_teacher.main, argv, "holds segformer-b0, not deeplab")
+    train_teacher.main(flags(**{**B0, "init": tmp_path / "ade"}, data=scenes, out=tmp_path / "o", steps=1))
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_anybodys_segformer_is_a_checkpoint(spelling, tmp_path, scenes, fails, capsys):
+    """It teaches, is scored and labels images, with the logits of the stock class."""
+    stock = save_folder(tmp_path / "hf", data.class_names(data.DESERT), spelling)
+    model, meta = models.load_model(tmp_path / "hf")
+    x = torch.randn(2, 3, 64, 96)
+    assert torch.allclose(model(x), stock(x).logits, atol=2e-5)
+    assert meta["classes"] == data.DESERT and meta["val_iou"] == {} and meta["size"] == 512
+    assert meta["arch"] == "segformer-b0" and meta["image_size"] == [960, 540]
+    common = {"data": scenes, "out": tmp_path / "o"}
+    distill.main(flags(**B0, **common, teachers=tmp_path / "hf", cache_teachers=True, steps=2))
+    weights = tmp_path / "hf" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    assert json.loads((tmp_path / "o" / "teacher_cache.json").read_text())["teachers"] == [digest]
+    rows = evaluate.main(flags(tmp_path / "hf", **common, size=64, workers=0))
+    assert rows[0]["size"] == weights.stat().st_size
+    infer.main(flags(next((scenes / "val" / "Color_Images").iterdir()), checkpoint=tmp_path / "hf", size=64,
+                     out=tmp_path / "p"))
+    capsys.readouterr()
+    argv = flags(**B0, **common, teachers=tmp_path / "hf", teacher_weights="auto", overwrite=True)
+    fails(distill.main, argv, "--teacher-weights auto")
+
+
+def test_folders_that_cannot_teach_are_refused_in_one_line(tmp_path, scenes, fails):
+    names, processor = data.class_names(data.DESERT), tmp_path / "mean" / "preprocessor_config.json"
+    save_folder(tmp_path / "turned", names[::-1])
+    save_folder(tmp_path / "ade", 150)
+    save_folder(tmp_path / "generic", 10)
+    save_folder(tmp_path / "heads", names, num_attention_heads=[1, 1, 5, 8])
+    for name in ("mean", "raw", "cut", "other"):
+        save_folder(tmp_path / name, names)
+    processor.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))
+    (tmp_path / "raw" / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    (tmp_path / "cut" / "config.json").write_text('{"id2label": {"a": ')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "resnet"}')
+    encoder = transformers.SegformerForImageClassification(models.build("segformer-b0", data.DESERT).config)
+    encoder.save_pretrained(tmp_path / "mit")
+    common = {"data": scenes, "out": tmp_path / "o", **B0}
+    for name, words in (("turned", ["class 0 is 'Sky', not 'Trees'", "--classes"]),
+                        ("ade", ["config.json names no classes", "--classes FILE"]),
+                        ("generic", ["config.json names no classes", "--classes FILE"]),
+                        ("heads", ["num_attention_heads is [1, 1, 5, 8]"]),
+                        ("mean", ["another normalization ([0.5, 0.5, 0.5]"]), ("raw", ["normalization"]),
+                        ("cut", ["config.json", "damaged"]), ("other", ["model_type is resnet"]),
+                        ("mit", ["no network of this project"])):
+        fails(distill.main, flags(teachers=tmp_path / name, **common), tmp_path / name, *words)
+    (tmp_path / "desert.json").write_text(json.dumps(data.DESERT))
+    named = {**common, "classes": tmp_path / "desert.json"}
+    fails(distill.main, flags(teachers=tmp_path / "ade", **named), "150 classes, the class table 10")
+    distill.main(flags(teachers=tmp_path / "generic", **named, steps=1))
 
 
 class Fixed(nn.Module):
@@ -1511,6 +1685,61 @@ def test_init_teacher_copies_an_even_choice_of_blocks():
     assert torch.equal(own[embedding], theirs[embedding])
     with pytest.raises(data.InputError, match="--init teacher"):
         distill.start_from_teacher(models.build("segformer-b0", data.DESERT), [teacher])
+
+
+def wide_teacher(depths=(2, 2, 2, 2)):
+    """A SegFormer as wide as B1 to B5 with B3's head and random norms."""
+    small = models.build("segformer-b1", data.DESERT).config
+    config = transformers.SegformerConfig(depths=list(depths), hidden_sizes=small.hidden_sizes,
+                                          decoder_hidden_size=768, id2label=small.id2label)
+    torch.manual_seed(3)
+    teacher = models.SegFormer(config).eval()
+    randomize_norms(teacher)
+    for linear in [m for m in teacher.decode_head.modules() if isinstance(m, nn.Linear)]:
+        nn.init.normal_(linear.bias)
+    return teacher
+
+
+def test_init_teacher_head_computes_the_chosen_channels_exactly():
+    """Where the classifier looks at no other channel, a student as deep as its teacher has its logits."""
+    teacher, student = wide_teacher(), models.build("segformer-b1", data.DESERT).eval()
+    used = torch.randperm(768)[:256]
+    unused = torch.ones(768, dtype=torch.bool)
+    unused[used] = False
+    teacher.decode_head.classifier.weight.data[:, unused] = 0
+    distill.start_from_teacher(student, [teacher], head=True)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = teacher(x)
+        assert expected.std() > 0.1 and torch.allclose(student(x), expected, atol=1e-4)
+    norm = teacher.decode_head.batch_norm.weight[used.sort().values]
+    assert torch.equal(student.decode_head.batch_norm.weight, norm)
+
+
+def test_init_teacher_head_takes_the_channels_of_largest_weight_and_the_encoder_of_init_teacher():
+    teacher = wide_teacher((3, 4, 18, 3))
+    classifier, norm = teacher.decode_head.classifier.weight.data, teacher.decode_head.batch_norm.weight.data
+    norm[:300], classifier[:, 300:] = norm[:300] * 1e3, classifier[:, 300:] * 1e-3
+    classifier[:, :44] = 0
+    torch.manual_seed(0)
+    student = models.build("segformer-b1", data.DESERT)
+    plain = copy.deepcopy(student)
+    distill.start_from_teacher(student, [teacher], head=True)
+    distill.start_from_teacher(plain, [teacher])
+    assert torch.equal(student.decode_head.classifier.weight, classifier[:, 44:300])
+    assert states_equal(student.segformer.state_dict(), plain.segformer.state_dict())
+    narrow, wide = models.build("segformer-b1", data.DESERT), models.build("segformer-b2", data.DESERT)
+    with pytest.raises(data.InputError, match="--init teacher-head: .* a head as wide"):
+        distill.start_from_teacher(wide, [narrow], head=True)
+    distill.start_from_teacher(wide, [narrow])
+
+
+def test_init_teacher_head_on_the_command_line(trained, scenes, tmp_path):
+    common = {**B0, "data": scenes, "out": tmp_path, "alpha": 0, "steps": 1, "lr": 1e-12}
+    student, _ = distill.main(flags(**{**common, "init": "teacher-head"}, teachers=trained[1]))
+    teacher, _ = models.load_model(trained[1][1])
+    own, theirs = student.decode_head.classifier.weight, teacher.decode_head.classifier.weight
+    assert torch.allclose(own, theirs, atol=1e-6)
 
 
 def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_path):

@@ -40,7 +40,7 @@ from data import InputError, RunError
 from evaluate import compute_scores, draw_curves, evaluate
 from losses import hard_loss, hard_weights
 from models import (TEACHER_NAMES, add_model_flags, amp_dtype, autocast, build, describe_device,
-                    optimize_for_inference, pick_device, safe_load, save_model)
+                    optimize_for_inference, pick_device, safe_load, save_model, translate)
 
 COUNTERS = ("logits_clamped", "soft_clamped")    # parts of a loss that are added over an epoch, not averaged
 CHECK_EVERY = 10                                 # steps between two looks at values on the device, which wait
@@ -352,7 +352,7 @@ class State:
         name, device = self.name, self.world.device
         if self.saved:
             training = self.saved["training"]
-            model.load_state_dict(self.saved["model_state_dict"])
+            model.load_state_dict(translate(self.saved["model_state_dict"], model))
             if not self.done:
                 optimizer.load_state_dict(training["optimizer"])
                 scaler.load_state_dict(training["scaler"])
@@ -676,6 +676,8 @@ def add_train_flags(parser):
     group.add_argument("--rare-class-sampling", action="store_true",
                        help="draw images with rare classes more often (DAFormer)")
     group = parser.add_argument_group("training")
+    group.add_argument("--init-partial", action="store_true",
+                       help="--init takes a ResNet50 that lacks whole layers; these start at random")
     group.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training pairs")
     group.add_argument("--steps", type=number(int, 1), metavar="N", help="end after N steps")
     group.add_argument("--batch-size", type=number(int, 1), default=8, help="images per process and forward")
@@ -702,14 +704,15 @@ def main(argv=()):
     parser = data.Parser(__doc__, "python train_teacher.py --arch deeplab --batch-size 4 --accumulate 2")
     group = add_model_flags(parser, "deeplab")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH",
-                       help="first weights; PATH: a ResNet50 state dict, a folder of mit-bN, or a checkpoint")
+                       help="first weights; PATH: a ResNet50 state dict, a checkpoint, or a SegFormer's "
+                       "folder or name on the Hugging Face hub")
     add_train_flags(parser)
     args = parser.parse_args(argv)
     with join_processes(args.device) as world:
         train, val, class_weight = open_data(args, world)
         state = State(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
-        model = build(args.arch, train.classes, state.init(args.init))
+        model = build(args.arch, train.classes, state.init(args.init), args.init_partial)
 
         def prepare(batch):
             batch = data.augment_on_device(batch, world.device)
