@@ -34,8 +34,8 @@ from torch import nn
 import data
 from data import InputError, RunError
 from evaluate import compute_scores, confusion_matrix, print_columns, time_interleaved
-from models import (SegFormer, add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device,
-                    predict, upsampled_labels)
+from models import (SegFormer, add_model_flags, amp_dtype, load_model, optimize_for_inference, parse_tta,
+                    pick_device, predict, upsampled_labels)
 
 
 # ------------------------------------------------------------ labelling files
@@ -50,6 +50,7 @@ def label_files(args, model, meta, device, dtype):
         endings.append("_ids.png")
     stems = output_stems(inputs, out, endings)
     raw_ids = np.array([entry["id"] for entry in classes], np.uint16)
+    scales, flip = args.tta or ([1], False)
     milliseconds, skipped = [], 0
     bar = data.progress_bar(zip(inputs, stems, strict=True), "labelling", len(inputs))
     for path, stem in bar:
@@ -62,7 +63,8 @@ def label_files(args, model, meta, device, dtype):
             skipped += 1
             continue
         width, height = image.size
-        pred = predict(model, data.eval_image(image, size), (height, width), dtype)[0].cpu().numpy()
+        images = [data.eval_image(image, size * scale) for scale in scales]
+        pred = predict(model, images, (height, width), dtype, flip)[0].cpu().numpy()
         milliseconds.append(1000 * (time.perf_counter() - start))
         data.save_image(out / f"{stem}_mask.png", data.index_image(pred, classes))
         if not args.no_overlay:
@@ -307,6 +309,8 @@ def make_parser():
     group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="the network")
     group.add_argument("--size", type=data.image_side,
                        help="shorter side of what the network sees, in pixels; usually that of training")
+    group.add_argument("--tta", type=parse_tta, metavar="flip,0.75,1.25",
+                       help="label by the mean over the image, mirrored and at these scales of --size")
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="outputs/predictions", help="where labels go")
     group.add_argument("--raw", action="store_true",

@@ -819,8 +819,26 @@ def test_predict_is_bilinear_then_argmax():
         z = model(data.normalize(image))
     expected = F.interpolate(z, (50, 70), mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(models.predict(model, image, (50, 70)).long(), expected)
+    with torch.no_grad():
+        mean = (z + model(data.normalize(image.flip(3))).flip(3)) / 2
+    assert torch.equal(models.compute_logits(model, image, flip=True), mean)         # to the bit
     flipped = models.predict(model, image, (64, 96), flip=True)
     assert torch.equal(flipped.flip(2), models.predict(model, image.flip(3), (64, 96), flip=True))
+
+
+def test_tta_is_the_mean_over_scales_and_mirrors_on_the_unscaled_grid():
+    """A network that averages cells of 4x4 pixels: the mean by hand."""
+    assert models.parse_tta("flip,0.75,1.25") == ([1, 0.75, 1.25], True)
+    assert models.parse_tta("flip") == ([1], True) and models.parse_tta("1.5,1,1.5") == ([1, 1.5], False)
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 2, 1))
+    images = [torch.randint(0, 256, (1, 3, side, 2 * side), dtype=torch.uint8) for side in (64, 32, 96)]
+    with torch.no_grad():
+        maps = [model(data.normalize(image)) for image in images]
+    for n in (1, 2):
+        maps[n] = F.interpolate(maps[n], (16, 32), mode="bilinear", align_corners=False)
+    for flip in (False, True):                                # this network commutes with the mirror
+        z = models.compute_logits(model, images, flip=flip)
+        assert z.shape == (1, 2, 16, 32) and torch.allclose(z, sum(maps) / 3, atol=1e-5)
 
 
 # ------------------------------------------------------------ scores and pictures
@@ -1631,12 +1649,12 @@ def test_full_disk_leaves_the_old_file(tmp_path):
 # ------------------------------------------------------------ evaluation
 def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, capsys):
     out, teachers, *_ = trained
-    argv = flags(*teachers, out / "best_student.pth", data=scenes, out=tmp_path, ensemble=True, tta="flip",
-                 teacher_weights="2:1", json=tmp_path / "scores.json", save_worst=2, **PLAIN)
+    argv = flags(*teachers, out / "best_student.pth", data=scenes, out=tmp_path, ensemble=True,
+                 tta="flip,1.5", teacher_weights="2:1", json=tmp_path / "scores.json", save_worst=2, **PLAIN)
     rows = evaluate.main(argv)
     said = capsys.readouterr().out
     plain = ["deep_lab", "segformer-b0", "best_student", "ensemble"]
-    names = [name + end for name in plain for end in ("", " + flip")]
+    names = [name + end for name in plain for end in ("", " + tta")]
     assert [row["name"] for row in rows] == names
     assert all(word in said for word in ("GMACs", "agreement", "<50 ms", "512x512", "threads", *names))
     content = json.loads((tmp_path / "scores.json").read_text())
@@ -1644,6 +1662,10 @@ def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, ca
             "fps", "size", "interval", "difference"}
     assert keys <= content["models"][0].keys()
     assert rows[6]["agreement"] == 1 and rows[6]["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
+    student = models.optimize_for_inference(models.load_model(out / "best_student.pth")[0])
+    forwards = [evaluate.count_gmacs(student, side) for side in (512, 768)]
+    assert (rows[4]["gmacs"], rows[5]["gmacs"]) == (forwards[0], 2 * sum(forwards))
+    assert rows[7]["gmacs"] == pytest.approx(rows[1]["gmacs"] + rows[3]["gmacs"])
     assert rows[0]["difference"] == [0, 0] and rows[0]["interval"][0] <= rows[0]["miou_present"] + 0.05
     assert (tmp_path / "miou.png").exists() and "to the first, 95 %" in said
     charts = {f"confusion_{name.replace(' + ', '_')}.png" for name in names}
@@ -1766,11 +1788,13 @@ def test_a_network_of_another_class_table_is_refused_by_all(tmp_path, scenes, tr
 
 
 # ------------------------------------------------------------ inference and the Hugging Face folder
-def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_path):
+@pytest.mark.parametrize("tta", [None, "flip", "flip,0.75,1.25"])
+def test_labels_equal_evaluations_and_masks_hold_indices(tta, trained, scenes, tmp_path):
     checkpoint = trained[0] / "best_student.pth"
     images = scenes / "val" / "Color_Images"
-    infer.main(flags(images, checkpoint=checkpoint, out=tmp_path, raw=True, device="cpu"))
-    rows = evaluate.main(flags(checkpoint, data=scenes, out=tmp_path, workers=0, device="cpu"))
+    infer.main(flags(images, checkpoint=checkpoint, out=tmp_path, raw=True, tta=tta, size=128, device="cpu"))
+    rows = evaluate.main(flags(checkpoint, data=scenes, out=tmp_path, workers=0, tta=tta, size=128,
+                               device="cpu"))
     split, confusion = data.Split(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
     raw_ids = np.array([c["id"] for c in data.DESERT])
     for n, (path, _) in enumerate(split.pairs):
@@ -1782,7 +1806,7 @@ def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_pa
         assert np.array_equal(ids, raw_ids[pred.numpy()])
         assert Image.open(tmp_path / f"{path.stem}_overlay.png").size == (192, 108)
         confusion += evaluate.confusion_matrix(pred, torch.from_numpy(split.read(n)[1]), 10)
-    assert evaluate.compute_scores(confusion, data.DESERT)["iou"] == rows[0]["iou"]
+    assert evaluate.compute_scores(confusion, data.DESERT)["iou"] == rows[-1]["iou"]
 
 
 @pytest.fixture
@@ -2107,6 +2131,8 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "no checkpoints": (scores("nowhere.pth"), ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (scores("DEEPLAB", ensemble=True, teacher_weights="1:2"),
                                      ["--teacher-weights 1:2"]),
+    "tta nonsense": (scores("DEEPLAB", tta="flop"), ["--tta", "list like flip,0.75,1.25", "flop"]),
+    "tta too large": (labels("FOLDER", tta="flip,9"), ["--tta", "9 is not at least 0.25 and at most 4"]),
     "no such split": (scores("DEEPLAB", split="nowhere"), ["nowhere"]),
     "no such image": (labels("nowhere.png", checkpoint="DEEPLAB"), ["nowhere.png"]),
     "no image at all": (labels(), ["nothing to do"]),
