@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from data import InputError
 from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, describe_device, ensemble_weights,
-                    load_model, optimize_for_inference, parse_tta, pick_device, predict)
+                    load_models, optimize_for_inference, parse_tta, pick_device, predict)
 
 
 # ------------------------------------------------------------ scores
@@ -460,11 +460,8 @@ def open_inputs(args):
     if not paths:
         raise InputError(f"no checkpoints: none named, and --out {args.out} holds none of {', '.join(names)}")
     classes = data.load_classes(args.classes) if args.classes else None
-    checkpoints = []
-    for path in paths:
-        model, meta = load_model(path, args.arch, classes)
-        classes = classes or meta["classes"]
-        checkpoints.append((path, model, meta))
+    checkpoints = load_models(paths, args.arch, classes)
+    classes = checkpoints[0][2]["classes"]
     return checkpoints, data.Split(data.find_data(args.data), args.split, classes, args.masks, args.out)
 
 

@@ -238,7 +238,7 @@ def upsampled_labels(z, size):
 def predict(model, images, size, dtype=None, flip=False):
     """Whole images, see compute_logits -> (B, H, W) uint8 class indices at `size` (H, W).
 
-    Validation, evaluate.py and infer.py all come here, so that their labels are equal."""
+    Validation and evaluate.py come here, and infer.py calls the same two functions: equal labels."""
     return upsampled_labels(compute_logits(model, images, dtype, flip), size)
 
 
@@ -306,6 +306,16 @@ def load_model(path, arch=None, classes=None, flag=""):
     model = build(wanted, meta["classes"])
     load_weights(model, translate(state, model), str(path), wanted)
     return model.eval(), meta
+
+
+def load_models(paths, arch=None, classes=None):
+    """[(path, network, meta)] of several checkpoints; all must have `classes`, or the first one's table."""
+    checkpoints = []
+    for path in paths:
+        model, meta = load_model(path, arch, classes)
+        classes = classes or meta["classes"]
+        checkpoints.append((path, model, meta))
+    return checkpoints
 
 
 def checkpoint_classes(path, state, meta, classes):

@@ -55,6 +55,7 @@ ALONE = train_teacher.World(0, 1, CPU)           # the world of one process
 PLAIN = {"amp": "off", "workers": 0, "device": "cpu"}
 TINY = {"init": "random", "size": 64, "batch_size": 4, "lr": 1e-3, **PLAIN}
 B0 = {"arch": "segformer-b0", **TINY}
+EXACT = {"amp": "off", "device": "cpu"}
 
 
 # ------------------------------------------------------------ helpers
@@ -1816,6 +1817,50 @@ def one_image(tmp_path):
     return path
 
 
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """Checkpoints of two SegFormers-B0 with random weights and a louder classifier, for size 64."""
+    folder = tmp_path_factory.mktemp("untrained")
+    for n in range(2):
+        torch.manual_seed(n)
+        model = models.build("segformer-b0", data.DESERT)
+        with torch.no_grad():
+            model.decode_head.classifier.weight.mul_(20)          # else nearly every pixel has one label
+        models.save_model(folder / f"b0_{n}.pth", model, "segformer-b0", data.DESERT, size=64)
+    return [folder / f"b0_{n}.pth" for n in range(2)]
+
+
+def test_labels_of_several_checkpoints_are_those_of_evaluations_ensemble(untrained, scenes, tmp_path, fails):
+    common = {"teacher_weights": "3:1", "out": tmp_path, "device": "cpu"}
+    images = scenes / "val" / "Color_Images"
+    infer.main(flags(images, checkpoint=untrained, **common))
+    rows = evaluate.main(flags(*untrained, data=scenes, workers=0, ensemble=True, **common))
+    split, confusion = data.Split(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
+    for n, (path, _) in enumerate(split.pairs):
+        pred = torch.from_numpy(np.array(Image.open(tmp_path / f"{path.stem}_mask.png")))
+        confusion += evaluate.confusion_matrix(pred, torch.from_numpy(split.read(n)[1]), 10)
+    scored = evaluate.compute_scores(confusion, data.DESERT)
+    assert scored["iou"] == rows[2]["iou"] != rows[0]["iou"]
+    own = [{**entry, "name": entry["name"] + "s"} for entry in data.DESERT]
+    models.save_model(tmp_path / "own.pth", models.build("segformer-b0", own), "segformer-b0", own)
+    argv = flags(images, checkpoint=[untrained[0], tmp_path / "own.pth"])
+    fails(infer.main, argv, "own.pth", "another class table")
+
+
+def test_confidence_is_the_largest_probability(untrained, one_image, tmp_path):
+    infer.main(flags(one_image, checkpoint=untrained[0], out=tmp_path, confidence=True, **EXACT))
+    model, _ = models.load_model(untrained[0])
+    image = data.eval_image(data.read_image(one_image), 64)
+    with torch.no_grad():
+        z = models.optimize_for_inference(model)(data.normalize(image))
+    z = F.interpolate(z, (80, 120), mode="bilinear", align_corners=False)[0].double()
+    probs = z.exp() / z.exp().sum(0)                          # (10, 80, 120)
+    with Image.open(tmp_path / "a_confidence.png") as grey:
+        assert grey.mode == "L" and grey.size == (120, 80)
+        error = torch.from_numpy(np.array(grey)).double() - 255 * probs.amax(0)
+    assert error.abs().max() < 0.501 and probs.amax(0).max() - probs.amax(0).min() > 0.1
+
+
 def test_inputs_of_every_kind_and_bad_files_are_skipped(trained, tmp_path, capsys):
     image, _ = distill.draw_scene(1, 120, 80)
     (tmp_path / "in" / "sub").mkdir(parents=True)
@@ -2149,6 +2194,9 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "int8 with no such split": (labels(**INT8, calibrate="SCENES", split="zz"), ["zz"]),
     "name too long": (labels(300 * "a" + ".png", checkpoint="DEEPLAB"), ["aaa"]),
     "int8 without images": (labels(export="a.int8.onnx", checkpoint="DEEPLAB"), ["--calibrate"]),
+    "an export of several": (labels(export="hf", checkpoint=["DEEPLAB", "STUDENT"]),
+                             ["--export hf", "one --checkpoint"]),
+    "images after --checkpoint": (labels(checkpoint=["DEEPLAB", "a.png"]), ["before --checkpoint"]),
     "images and an export": (labels("a.png", export="a.onnx", checkpoint="DEEPLAB"),
                              ["--export a.onnx", "a.png"]),
     "another class table": (labels("FOLDER", checkpoint="DEEPLAB", classes="OWN"),
