@@ -3,6 +3,8 @@
     python infer.py img.png                      # -> outputs/predictions/img_mask.png, img_overlay.png
     python infer.py folder 'more/*.jpg' --raw --confidence --checkpoint outputs/best_student.pth
     python infer.py folder --checkpoint outputs/deep_lab.pth outputs/best_model.pth       # their ensemble
+    ffmpeg -i drive.mp4 -f rawvideo -pix_fmt rgb24 - | python infer.py --stream 960x540 --smooth 0.6 |
+        ffmpeg -f rawvideo -pix_fmt rgb24 -s 960x540 -i - out.mp4
     python infer.py --export student_hf          # a Hugging Face folder (SegFormer only)
     python infer.py --export student.onnx --shape 512x896        # uint8 NCHW images in, uint8 labels out
     python infer.py --export student.int8.onnx --calibrate DIR --data DIR
@@ -94,6 +96,39 @@ def label_files(args, logits, classes, device):
               f"from file to labels ({device.type})")
     if skipped:
         raise RunError(f"{skipped} of {len(inputs)} files were skipped, named above")
+
+
+# ------------------------------------------------------------ labelling a video
+def label_stream(args, logits, classes, source, sink):
+    """Raw RGB frames from `source` -> overlays, or with --raw-labels class indices, to `sink`, each at once.
+
+    With --smooth s, p = s * p before + (1 - s) * p of the frame, of probabilities at stride 4. Ends with the
+    input, or at Ctrl-C; a torn last frame is left out. What it says goes to stderr."""
+    width, height = args.stream
+    milliseconds, probs = [], None
+    try:
+        while frame := source.read(3 * width * height):
+            if len(frame) < 3 * width * height:
+                print(f"the last frame is torn and left out: {len(frame)} of {3 * width * height} bytes",
+                      file=sys.stderr)
+                break
+            start = time.perf_counter()
+            image = Image.frombytes("RGB", (width, height), frame)
+            z = logits(image)
+            if args.smooth:
+                present = z.softmax(1)
+                if probs is not None:
+                    present = args.smooth * probs + (1 - args.smooth) * present
+                    z = present.clamp_min(1e-8).log()         # as the mean of an Ensemble
+                probs = present
+            pred = upsampled_labels(z, (height, width))[0].cpu().numpy()
+            sink.write((pred if args.raw_labels else data.overlay(image, pred, classes, False)).tobytes())
+            sink.flush()
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    finally:
+        took = (f", {np.median(milliseconds):.0f} ms per frame (median), {max(milliseconds):.0f} ms at worst"
+                if milliseconds else "")
+        print(f"{len(milliseconds)} frame(s) labelled{took}", file=sys.stderr)
 
 
 def find_inputs(names):
@@ -286,6 +321,15 @@ def import_optional(*modules):
                          ) from None
 
 
+def frame_sides(text):
+    """An argparse type: "960x540" -> (960, 540), the sides of a frame as ffmpeg writes them."""
+    width, height = (data.number(int, 16, 16384)(part) for part in text.split("x"))
+    return width, height
+
+
+frame_sides.__name__ = "pair like 960x540"                    # argparse names it in its errors
+
+
 def parse_shape(value):
     """"512x896" -> (512, 896)."""
     try:
@@ -339,6 +383,13 @@ def make_parser():
     group.add_argument("--confidence", action="store_true",
                        help="also NAME_confidence.png: 255 times the probability of the label")
     group.add_argument("--no-overlay", action="store_true", help="masks only")
+    group = parser.add_argument_group("video")
+    group.add_argument("--stream", type=frame_sides, metavar="WxH",
+                       help="label raw RGB frames of these sides from stdin, and write overlays to stdout")
+    group.add_argument("--raw-labels", action="store_true",
+                       help="write class indices instead, a byte per pixel")
+    group.add_argument("--smooth", type=data.number(float, 0, 0.99), default=0.0, metavar="S",
+                       help="against flicker: the share of earlier frames in the mean of probabilities")
     group = data.add_data_flags(parser)
     group.add_argument("--split", default="val", help="what an int8 export is compared on")
     group = parser.add_argument_group("export")
@@ -359,9 +410,15 @@ def main(argv=()):
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
-    if not args.inputs and not args.export:
+    if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):
+        raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
+                         "images, --export, --raw and --confidence")
+    if not args.stream and (args.smooth or args.raw_labels):
+        raise InputError(f"{'--smooth' if args.smooth else '--raw-labels'}: is for a video; name --stream "
+                         "WxH, the sides of its frames")
+    if not args.inputs and not args.export and not args.stream:
         raise InputError("nothing to do: name images (before --checkpoint, which takes all names after it), "
-                         "or --export TARGET")
+                         "--stream WxH or --export TARGET")
     if args.inputs and args.export:
         raise InputError(f"--export {args.export}: labels no images ({args.inputs[0]}); run it twice")
     if args.export and (len(args.checkpoint) > 1 or args.tta):
@@ -380,7 +437,12 @@ def main(argv=()):
     model = Ensemble(networks, weights).to(device) if len(networks) > 1 else networks[0]
     logits = functools.partial(image_logits, model=model, size=args.size or meta["size"], dtype=dtype,
                                tta=args.tta)
-    label_files(args, logits, meta["classes"], device)
+    if not args.stream:
+        label_files(args, logits, meta["classes"], device)
+        return
+    # a closed pipe, as of `| head -c`, ends the command; Python would try again to flush its own sys.stdout
+    with contextlib.suppress(BrokenPipeError), open(sys.stdout.fileno(), "wb", closefd=False) as sink:
+        label_stream(args, logits, meta["classes"], sys.stdin.buffer, sink)
 
 
 if __name__ == "__main__":

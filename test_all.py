@@ -11,12 +11,14 @@ D  slow: killed processes, signals, torchrun, ONNX, timing
 """
 import argparse
 import copy
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1861,6 +1863,89 @@ def test_confidence_is_the_largest_probability(untrained, one_image, tmp_path):
     assert error.abs().max() < 0.501 and probs.amax(0).max() - probs.amax(0).min() > 0.1
 
 
+def stream(argv, frames, capfdbinary, monkeypatch):
+    """(stdout as uint8, stderr) of infer.py with --stream 120x80 and `frames` as its stdin."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(frames)))
+    capfdbinary.readouterr()
+    infer.main([*argv, *flags(stream="120x80", **EXACT)])
+    out, err = capfdbinary.readouterr()
+    return np.frombuffer(out, np.uint8), err.decode()
+
+
+def test_a_stream_gives_the_labels_of_files(untrained, one_image, tmp_path, capfdbinary, monkeypatch):
+    argv = flags(checkpoint=untrained[0])
+    infer.main([str(one_image), *argv, *flags(out=tmp_path, **EXACT)])
+    mask, image = np.array(Image.open(tmp_path / "a_mask.png")), data.read_image(one_image)
+    assert len(np.unique(mask)) > 1
+    for smooth in (None, 0.6):                                # the first frame as it is
+        extra = flags(raw_labels=True, smooth=smooth)
+        out, err = stream([*argv, *extra], image.tobytes(), capfdbinary, monkeypatch)
+        assert np.array_equal(out.reshape(80, 120), mask) and "1 frame(s)" in err
+    out, err = stream(argv, image.tobytes() + bytes(5), capfdbinary, monkeypatch)
+    assert np.array_equal(out.reshape(80, 120, 3), data.overlay(image, mask, data.DESERT, False))
+    assert "torn" in err and "5 of 28800 bytes" in err and "1 frame(s)" in err and "at worst" in err
+    out, err = stream(argv, b"", capfdbinary, monkeypatch)
+    assert out.size == 0 and err == "0 frame(s) labelled\n"
+
+
+def test_smoothed_labels_by_hand(untrained, capfdbinary, monkeypatch):
+    images = [distill.draw_scene(n, 120, 80)[0] for n in (1, 2)]
+    model = models.optimize_for_inference(models.load_model(untrained[0])[0])
+    with torch.no_grad():
+        a, b = [model(data.normalize(data.eval_image(image, 64))).softmax(1) for image in images]
+    mean = (0.6 * a + 0.4 * b).log()
+    expected = F.interpolate(mean, (80, 120), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
+    frames = b"".join(image.tobytes() for image in images)
+    argv = flags(checkpoint=untrained[0], raw_labels=True)
+    out, _ = stream([*argv, "--smooth", "0.6"], frames, capfdbinary, monkeypatch)
+    plain, _ = stream(argv, frames, capfdbinary, monkeypatch)
+    assert np.array_equal(out.reshape(2, 80, 120)[1], expected)
+    assert np.array_equal(out[:9600], plain[:9600]) and not np.array_equal(out, plain)
+
+
+def test_a_stream_ends_cleanly_at_ctrl_c_and_where_its_reader_closes(untrained):
+    """In real pipes: each frame is out before the next is in."""
+    argv = flags(HERE / "infer.py", checkpoint=untrained[0], stream="32x32", raw_labels=True, **EXACT)
+    how = {"stdin": subprocess.PIPE, "text": False, "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+           # a shell's background jobs ignore Ctrl-C, and so would the child
+           "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    for end in ("ctrl-c", "closed"):
+        with start_child(*argv, **how) as child:
+            alarm = threading.Timer(120, child.kill)
+            alarm.start()
+            for _ in range(2):
+                child.stdin.write(bytes(3072))
+                child.stdin.flush()
+                assert len(child.stdout.read(1024)) == 1024
+            if end == "ctrl-c":
+                child.send_signal(signal.SIGINT)
+            else:
+                child.stdout.close()
+                child.stdin.write(bytes(3072))
+                child.stdin.flush()
+            err = child.stderr.read().decode()
+            alarm.cancel()
+            assert child.wait(60) == (130 if end == "ctrl-c" else 0)
+        assert re.search(r"[12] frame\(s\) labelled, ", err)  # the second may be out but not yet counted
+        assert "Traceback" not in err and "Exception" not in err and "Broken" not in err
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_a_stream_between_two_ffmpegs(untrained, tmp_path):
+    for n in range(3):
+        distill.draw_scene(n, 120, 80)[0].save(tmp_path / f"{n}.png")
+    raw = "-f rawvideo -pix_fmt rgb24"
+    infer_command = shlex.join([sys.executable, str(HERE / "infer.py"),
+                                *flags(checkpoint=untrained[0], stream="120x80", **EXACT)])
+    command = (f"ffmpeg -v error -i %d.png {raw} - | {infer_command} | "
+               f"ffmpeg -v error {raw} -s 120x80 -i - -pix_fmt rgb24 out_%d.png")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          check=True)
+    assert "3 frame(s) labelled" in done.stderr
+    infer.main(flags(tmp_path / "2.png", checkpoint=untrained[0], out=tmp_path, **EXACT))
+    assert Image.open(tmp_path / "out_3.png").tobytes() == Image.open(tmp_path / "2_overlay.png").tobytes()
+
+
 def test_inputs_of_every_kind_and_bad_files_are_skipped(trained, tmp_path, capsys):
     image, _ = distill.draw_scene(1, 120, 80)
     (tmp_path / "in" / "sub").mkdir(parents=True)
@@ -2196,6 +2281,10 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "int8 without images": (labels(export="a.int8.onnx", checkpoint="DEEPLAB"), ["--calibrate"]),
     "an export of several": (labels(export="hf", checkpoint=["DEEPLAB", "STUDENT"]),
                              ["--export hf", "one --checkpoint"]),
+    "a stream of images": (labels("a.png", stream="96x64"), ["--stream", "leave out images"]),
+    "a stream of no size": (labels(stream="960"), ["--stream", "pair like 960x540"]),
+    "smooth without a stream": (labels("a.png", smooth=0.6), ["--smooth", "--stream WxH"]),
+    "smooth of 1": (labels(stream="96x64", smooth=1), ["--smooth", "at most 0.99"]),
     "images after --checkpoint": (labels(checkpoint=["DEEPLAB", "a.png"]), ["before --checkpoint"]),
     "images and an export": (labels("a.png", export="a.onnx", checkpoint="DEEPLAB"),
                              ["--export a.onnx", "a.png"]),
