@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from data import InputError
 from models import (TEACHER_NAMES, Ensemble, add_model_flags, amp_dtype, compute_logits, describe_device,
-                    ensemble_weights, load_model, optimize_for_inference, pick_device, predict,
+                    ensemble_weights, load_models, optimize_for_inference, parse_tta, pick_device, predict,
                     upsampled_labels, weights_file)
 
 
@@ -92,7 +92,7 @@ def evaluate(model, split, size, dtype=None, workers=0, indices=None, see_logits
     classes = len(split.classes)
     device = next(model.parameters()).device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for _, target, (pred,), (z,) in predict_split([(model, size, False)], split, dtype, workers, indices):
+    for _, target, (pred,), (z,) in predict_split([(model, [size], False)], split, dtype, workers, indices):
         confusion += confusion_matrix(pred, target, classes)
         if see_logits:
             see_logits(z, target[None].long())
@@ -105,14 +105,16 @@ def predict_split(networks, split, dtype=None, workers=0, indices=None):
     """Yields (index, (H, W) target, [(H, W) pred of each network], [its (1, C, h, w) logits]) of a split, on
     the networks' device. The labels are predict()'s.
 
-    networks: [(model, size of its images, whether to add the mirrored one)]."""
+    networks: [(model, sizes of its images, whether to add the mirrored ones)], see compute_logits."""
     device = next(networks[0][0].parameters()).device
-    sizes = sorted({size for _, size, _ in networks})         # each image is resized once for each size
+    sizes = sorted({size for _, own, _ in networks for size in own})  # each image is resized once for each
     indices = range(len(split)) if indices is None else indices
     dataset = data.EvalDataset(split, sizes)
     for index, images, target in data.load(dataset, indices, workers, device.type == "cuda"):
-        logits = [compute_logits(model, images[sizes.index(size)], dtype, flip)
-                  for model, size, flip in networks]
+        logits = []
+        for model, own, flip in networks:
+            scaled = [images[sizes.index(size)] for size in own]
+            logits.append(compute_logits(model, scaled, dtype, flip))
         yield index, target.to(device), [upsampled_labels(z, target.shape)[0] for z in logits], logits
 
 
@@ -141,9 +143,9 @@ def synchronize(device):
 
 
 @torch.no_grad()
-def count_gmacs(model):
-    """Multiply-adds of one forward at 512x512, in 1e9: matrix products, convolutions, attention products."""
-    x = torch.zeros(1, 3, 512, 512, device=next(model.parameters()).device)
+def count_gmacs(model, side=512):
+    """Multiply-adds of one forward of side x side, in 1e9: matrix products, convolutions, attention."""
+    x = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x)
     return counter.get_total_flops() / 2e9
@@ -172,17 +174,20 @@ def main(argv=()):
 def make_rows(args, checkpoints, device, dtype):
     """One row of the table for each checkpoint and the ensemble, and for each row its network.
 
-    checkpoints: [(path, model, meta)]; returns ([row], [(model, size, flip)]), see predict_split. With --tta
-    flip each row is followed by one for the mean with the mirrored image."""
-    rows, networks = [], []
+    checkpoints: [(path, model, meta)]; returns ([row], [(model, sizes, flip)]), see predict_split. With --tta
+    each row is followed by one for the mean over the mirrored and scaled images."""
+    scales, flip = args.tta or ([1], False)
+    rows, networks, tta_gmacs = [], [], []
     stems = [Path(path).stem for path, _, _ in checkpoints]
     for (path, model, meta), stem in zip(checkpoints, stems, strict=True):
+        counted = optimize_for_inference(copy.deepcopy(model))
+        gmacs = [count_gmacs(counted, data.eval_size(512, 512, 512 * scale)[0]) for scale in scales]
+        tta_gmacs.append((1 + flip) * sum(gmacs))
         rows.append({"name": stem if stems.count(stem) == 1 else str(path),
                      "params": sum(p.numel() for p in model.parameters()),
-                     "size": weights_file(path).stat().st_size,
-                     "gmacs": count_gmacs(optimize_for_inference(copy.deepcopy(model)))})
+                     "size": weights_file(path).stat().st_size, "gmacs": gmacs[0]})
         model = optimize_for_inference(model.to(device), dtype)
-        networks.append((model, args.size or meta["size"], False))
+        networks.append((model, [args.size or meta["size"]], False))
     if args.ensemble:
         members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]
         if not members:
@@ -190,13 +195,16 @@ def make_rows(args, checkpoints, device, dtype):
         weights = ensemble_weights(args.teacher_weights, [checkpoints[n][2] for n in members])
         ensemble = Ensemble([networks[n][0] for n in members], weights).to(device)
         networks.append((ensemble, networks[members[0]][1], False))
+        tta_gmacs.append(sum(tta_gmacs[n] for n in members))
         totals = {key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}
         rows.append({"name": "ensemble", **totals})
     if args.tta:
         plain_rows, rows = rows, []
-        for row in plain_rows:
-            rows += [row, {**row, "name": f"{row['name']} + flip", "gmacs": 2 * row["gmacs"]}]
-        networks = [(model, size, flip) for model, size, _ in networks for flip in (False, True)]
+        for row, gmacs in zip(plain_rows, tta_gmacs, strict=True):
+            rows += [row, {**row, "name": f"{row['name']} + tta", "gmacs": gmacs}]
+        plain_networks, networks = networks, []
+        for model, (size,), _ in plain_networks:
+            networks += [(model, [size], False), (model, [size * scale for scale in scales], flip)]
     names = [file_name(row) for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -211,7 +219,7 @@ def score_rows(args, rows, networks, split, dtype):
     confusions = torch.zeros(len(rows), len(split), len(classes), len(classes), dtype=torch.int64)
     worst: list = [[] for _ in rows]                          # [(mIoU of the image, index, pred)] of each row
     agreeing, pixels = [0] * len(rows), 0
-    # the ensemble's row comes last, before its mirrored one
+    # the ensemble's row comes last, before its row with --tta
     ensemble = len(rows) - (2 if args.tta else 1) if args.ensemble else None
     predictions = predict_split(networks, split, dtype, args.workers)
     for index, target, preds, _ in data.progress_bar(predictions, "scoring", len(split)):
@@ -242,13 +250,16 @@ def score_rows(args, rows, networks, split, dtype):
 
 def measure_speed(rows, networks, split, device, dtype):
     """Adds ms and FPS of predict() to `rows`, at 512x512 and the first image's size; returns both."""
-    width, height = data.eval_size(*split.sizes[0], networks[0][1])
+    width, height = data.eval_size(*split.sizes[0], networks[0][1][0])
     sizes = [(512, 512), (height, width)]
     for row in rows:
         row["speed"] = []
     for h, w in sizes:
-        image = torch.zeros(1, 3, h, w, dtype=torch.uint8, device=device)
-        calls = [functools.partial(predict, model, image, (h, w), dtype, flip) for model, _, flip in networks]
+        calls = []
+        for model, own, flip in networks:
+            sides = [data.eval_size(h, w, min(h, w) * size / own[0]) for size in own]
+            images = [torch.zeros(1, 3, *side, dtype=torch.uint8, device=device) for side in sides]
+            calls.append(functools.partial(predict, model, images, (h, w), dtype, flip))
         for row, (ms, low, high) in zip(rows, time_interleaved(calls, device), strict=True):
             row["speed"].append({"height": h, "width": w, "ms": ms, "lowest": low, "highest": high,
                                  "fps": 1000 / ms})
@@ -443,7 +454,7 @@ def save_worst(folder, worst, split):
 
 
 def file_name(row):
-    """What a row's files are called: "a + flip" -> "a_flip"."""
+    """What a row's files are called: "a + tta" -> "a_tta"."""
     return re.sub(r"[^\w-]+", "_", row["name"])
 
 
@@ -455,12 +466,8 @@ def open_inputs(args):
     if not paths:
         raise InputError(f"no checkpoints: none named, and --out {args.out} holds none of {', '.join(names)}")
     classes = data.load_classes(args.classes) if args.classes else None
-    checkpoints = []
-    for path in paths:
-        model, meta = load_model(path, args.arch, classes)
-        classes = classes or meta["classes"]
-        checkpoints.append((path, model, meta))
-    root = data.find_data(args.data)
+    checkpoints = load_models(paths, args.arch, classes)
+    classes, root = checkpoints[0][2]["classes"], data.find_data(args.data)
     split = data.Split(root, args.split, classes, args.masks, args.out, val_share=args.val_share)
     return checkpoints, split
 
@@ -479,7 +486,8 @@ def make_parser():
     group.add_argument("--ensemble", action="store_true",
                        help="add the ensemble of all but best_student*, student*, at the first one's size")
     group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="of the ensemble")
-    group.add_argument("--tta", choices=["flip"], help="also score the mean with the mirrored image")
+    group.add_argument("--tta", type=parse_tta, metavar="flip,0.75,1.25",
+                       help="also score the mean over the image, mirrored and at these scales of --size")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="also write the table there, with sizes in bytes")
     output.add_argument("--save-worst", type=data.number(int, 0), default=0, metavar="N",

@@ -1,13 +1,16 @@
 """Labels images, and exports a network for use elsewhere.
 
     python infer.py img.png                      # -> outputs/predictions/img_mask.png, img_overlay.png
-    python infer.py folder 'more/*.jpg' --checkpoint outputs/best_student.pth --raw
+    python infer.py folder 'more/*.jpg' --raw --confidence --checkpoint outputs/best_student.pth
+    python infer.py folder --checkpoint outputs/deep_lab.pth outputs/best_model.pth       # their ensemble
+    ffmpeg -i drive.mp4 -f rawvideo -pix_fmt rgb24 - | python infer.py --stream 960x540 --smooth 0.6 |
+        ffmpeg -f rawvideo -pix_fmt rgb24 -s 960x540 -i - out.mp4
     python infer.py --export student_hf          # a Hugging Face folder (SegFormer only)
     python infer.py --export student.onnx --shape 512x896        # uint8 NCHW images in, uint8 labels out
     python infer.py --export student.int8.onnx --calibrate DIR --data DIR
 
 A mask is a palette PNG: viewers show the class colours, np.asarray gives the class indices. The labels are
-those of validation: the same reader, the same preprocessing, the same predict().
+those of validation: the same reader, the same preprocessing, the same logits.
 
 Measured: 385 ms from a 960x540 file to labels at 512x896, on two CPU cores in bf16; 2.6 times as fast as
 transformers' pipeline in fp32 with the same weights; labels equal on 99.98 % of the pixels
@@ -34,20 +37,37 @@ from torch import nn
 import data
 from data import InputError, RunError
 from evaluate import compute_scores, confusion_matrix, print_columns, time_interleaved
-from models import (SegFormer, add_model_flags, amp_dtype, load_model, optimize_for_inference, pick_device,
-                    predict, upsampled_labels, weights_file)
+from models import (Ensemble, SegFormer, add_model_flags, amp_dtype, compute_logits, ensemble_weights,
+                    load_models, optimize_for_inference, parse_tta, pick_device, upsampled_labels,
+                    weights_file)
 
 
 # ------------------------------------------------------------ labelling files
-def label_files(args, model, meta, device, dtype):
-    """Writes mask and overlay of every input. Files that cannot be read are named and skipped."""
-    classes, out, size = meta["classes"], Path(args.out), args.size or meta["size"]
+def image_logits(image, model, size, dtype=None, tta=None):
+    """PIL RGB -> (1, C, h, w) float32 logits at stride 4. tta: see models.parse_tta."""
+    scales, flip = tta or ([1], False)
+    return compute_logits(model, [data.eval_image(image, size * scale) for scale in scales], dtype, flip)
+
+
+def confidence(z, size):
+    """(B, C, h, w) logits -> (B, *size) uint8: 255 times the largest probability, rounded."""
+    probs = F.interpolate(z, tuple(size), mode="bilinear", align_corners=False).softmax(1)
+    return (255 * probs.amax(1)).round().to(torch.uint8)
+
+
+def label_files(args, logits, classes, device):
+    """Writes mask and overlay of every input. Files that cannot be read are named and skipped.
+
+    logits: a function of a PIL RGB image, see image_logits."""
+    out = Path(args.out)
     inputs = find_inputs(args.inputs)
     endings = ["_mask.png"]
     if not args.no_overlay:
         endings.append("_overlay.png")
     if args.raw:
         endings.append("_ids.png")
+    if args.confidence:
+        endings.append("_confidence.png")
     stems = output_stems(inputs, out, endings)
     raw_ids = np.array([entry["id"] for entry in classes], np.uint16)
     milliseconds, skipped = [], 0
@@ -61,19 +81,55 @@ def label_files(args, model, meta, device, dtype):
             print(f"error: {error}; skipped", file=sys.stderr)
             skipped += 1
             continue
-        width, height = image.size
-        pred = predict(model, data.eval_image(image, size), (height, width), dtype)[0].cpu().numpy()
+        z, size = logits(image), image.size[::-1]
+        pred = upsampled_labels(z, size)[0].cpu().numpy()
         milliseconds.append(1000 * (time.perf_counter() - start))
         data.save_image(out / f"{stem}_mask.png", data.index_image(pred, classes))
         if not args.no_overlay:
             data.save_image(out / f"{stem}_overlay.png", data.overlay(image, pred, classes))
         if args.raw:
             data.save_image(out / f"{stem}_ids.png", Image.fromarray(raw_ids[pred]))
+        if args.confidence:
+            grey = Image.fromarray(confidence(z, size)[0].cpu().numpy())
+            data.save_image(out / f"{stem}_confidence.png", grey)
     if milliseconds:
         print(f"{len(milliseconds)} image(s) labelled in {out}, {np.median(milliseconds):.0f} ms per image "
               f"from file to labels ({device.type})")
     if skipped:
         raise RunError(f"{skipped} of {len(inputs)} files were skipped, named above")
+
+
+# ------------------------------------------------------------ labelling a video
+def label_stream(args, logits, classes, source, sink):
+    """Raw RGB frames from `source` -> overlays, or with --raw-labels class indices, to `sink`, each at once.
+
+    With --smooth s, p = s * p before + (1 - s) * p of the frame, of probabilities at stride 4. Ends with the
+    input, or at Ctrl-C; a torn last frame is left out. What it says goes to stderr."""
+    width, height = args.stream
+    milliseconds, probs = [], None
+    try:
+        while frame := source.read(3 * width * height):
+            if len(frame) < 3 * width * height:
+                print(f"the last frame is torn and left out: {len(frame)} of {3 * width * height} bytes",
+                      file=sys.stderr)
+                break
+            start = time.perf_counter()
+            image = Image.frombytes("RGB", (width, height), frame)
+            z = logits(image)
+            if args.smooth:
+                present = z.softmax(1)
+                if probs is not None:
+                    present = args.smooth * probs + (1 - args.smooth) * present
+                    z = present.clamp_min(1e-8).log()         # as the mean of an Ensemble
+                probs = present
+            pred = upsampled_labels(z, (height, width))[0].cpu().numpy()
+            sink.write((pred if args.raw_labels else data.overlay(image, pred, classes, False)).tobytes())
+            sink.flush()
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    finally:
+        took = (f", {np.median(milliseconds):.0f} ms per frame (median), {max(milliseconds):.0f} ms at worst"
+                if milliseconds else "")
+        print(f"{len(milliseconds)} frame(s) labelled{took}", file=sys.stderr)
 
 
 def find_inputs(names):
@@ -184,7 +240,7 @@ def export_int8(args, model, meta, target, shape):
     images = []
     for path in files[::max(1, len(files) // 64)][:64]:
         images.append(data.resized_image(data.read_image(path), shape[1], shape[0]).numpy())
-    rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint).stat().st_size)]
+    rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint[0]).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         export_onnx(model, plain, shape)
@@ -267,6 +323,15 @@ def import_optional(*modules):
                          ) from None
 
 
+def frame_sides(text):
+    """An argparse type: "960x540" -> (960, 540), the sides of a frame as ffmpeg writes them."""
+    width, height = (data.number(int, 16, 16384)(part) for part in text.split("x"))
+    return width, height
+
+
+frame_sides.__name__ = "pair like 960x540"                    # argparse names it in its errors
+
+
 def parse_shape(value):
     """"512x896" -> (512, 896)."""
     try:
@@ -305,14 +370,28 @@ def make_parser():
                          "%(prog)s [images] [flags]")
     parser.add_argument("inputs", nargs="*", metavar="IMAGE", help="files, folders, patterns")
     group = add_model_flags(parser)
-    group.add_argument("--checkpoint", default="outputs/best_student.pth", metavar="CKPT", help="the network")
+    group.add_argument("--checkpoint", nargs="+", metavar="CKPT",
+                       help="the network, outputs/best_student.pth if none is named; several: their "
+                            "ensemble, at the first one's size")
+    group.add_argument("--teacher-weights", default="equal", metavar="A:B:..|auto", help="of the ensemble")
     group.add_argument("--size", type=data.image_side,
                        help="shorter side of what the network sees, in pixels; usually that of training")
+    group.add_argument("--tta", type=parse_tta, metavar="flip,0.75,1.25",
+                       help="label by the mean over the image, mirrored and at these scales of --size")
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="outputs/predictions", help="where labels go")
     group.add_argument("--raw", action="store_true",
                        help="also NAME_ids.png: 16-bit raw ids, as the challenge wants them")
+    group.add_argument("--confidence", action="store_true",
+                       help="also NAME_confidence.png: 255 times the probability of the label")
     group.add_argument("--no-overlay", action="store_true", help="masks only")
+    group = parser.add_argument_group("video")
+    group.add_argument("--stream", type=frame_sides, metavar="WxH",
+                       help="label raw RGB frames of these sides from stdin, and write overlays to stdout")
+    group.add_argument("--raw-labels", action="store_true",
+                       help="write class indices instead, a byte per pixel")
+    group.add_argument("--smooth", type=data.number(float, 0, 0.99), default=0.0, metavar="S",
+                       help="against flicker: the share of earlier frames in the mean of probabilities")
     group = data.add_data_flags(parser)
     group.add_argument("--split", default="val", help="what an int8 export is compared on")
     group = parser.add_argument_group("export")
@@ -327,23 +406,45 @@ def make_parser():
 @torch.no_grad()
 def main(argv=()):
     args = make_parser().parse_args(argv)
+    args.checkpoint = args.checkpoint or ["outputs/best_student.pth"]
     if args.calibrate and not (args.export or "").endswith(".int8.onnx"):
         raise InputError(f"--calibrate {args.calibrate}: is for 8 bits; name --export FILE.int8.onnx")
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
-    if not args.inputs and not args.export:
-        raise InputError("nothing to do: name images, or --export TARGET")
+    if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):
+        raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
+                         "images, --export, --raw and --confidence")
+    if not args.stream and (args.smooth or args.raw_labels):
+        raise InputError(f"{'--smooth' if args.smooth else '--raw-labels'}: is for a video; name --stream "
+                         "WxH, the sides of its frames")
+    if not args.inputs and not args.export and not args.stream:
+        raise InputError("nothing to do: name images (before --checkpoint, which takes all names after it), "
+                         "--stream WxH or --export TARGET")
     if args.inputs and args.export:
         raise InputError(f"--export {args.export}: labels no images ({args.inputs[0]}); run it twice")
+    if args.export and (len(args.checkpoint) > 1 or args.tta):
+        raise InputError(f"--export {args.export}: takes one network as it is; name one --checkpoint, and no "
+                         "--tta")
     device = pick_device("cpu" if args.export else args.device)
     classes = data.load_classes(args.classes) if args.classes else None
-    model, meta = load_model(args.checkpoint, args.arch, classes)
+    checkpoints = load_models(args.checkpoint, args.arch, classes)
+    _, model, meta = checkpoints[0]
     if args.export:
         export(args, model, meta)
         return
     dtype = amp_dtype(args.amp, device)
-    label_files(args, optimize_for_inference(model.to(device), dtype), meta, device, dtype)
+    networks = [optimize_for_inference(model.to(device), dtype) for _, model, _ in checkpoints]
+    weights = ensemble_weights(args.teacher_weights, [meta for _, _, meta in checkpoints])
+    model = Ensemble(networks, weights).to(device) if len(networks) > 1 else networks[0]
+    logits = functools.partial(image_logits, model=model, size=args.size or meta["size"], dtype=dtype,
+                               tta=args.tta)
+    if not args.stream:
+        label_files(args, logits, meta["classes"], device)
+        return
+    # a closed pipe, as of `| head -c`, ends the command; Python would try again to flush its own sys.stdout
+    with contextlib.suppress(BrokenPipeError), open(sys.stdout.fileno(), "wb", closefd=False) as sink:
+        label_stream(args, logits, meta["classes"], sys.stdin.buffer, sink)
 
 
 if __name__ == "__main__":

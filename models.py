@@ -32,7 +32,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from data import (DESERT, MEAN, STD, InputError, brief, check_classes, class_names, is_int, normalize,
+from data import (DESERT, MEAN, STD, InputError, brief, check_classes, class_names, is_int, normalize, number,
                   write_atomic)
 
 SEGFORMERS = {                                   # blocks by stage, widths by stage, D
@@ -202,14 +202,23 @@ def parse_weights(value, count):
 
 
 @torch.no_grad()
-def compute_logits(model, image, dtype=None, flip=False):
+def compute_logits(model, images, dtype=None, flip=False):
     """Whole images, uint8 (B, 3, h, w), see data.eval_image -> (B, C, h/4, w/4) float32.
 
-    `flip`: the mean over the image and its mirror image."""
-    x = normalize(image.to(next(model.parameters()).device, non_blocking=True))
-    with autocast(x.device, dtype):
-        z = model(x).float()
-        return (z + model(x.flip(3)).float().flip(3)) / 2 if flip else z
+    images: also a list of the same images at several scales: the mean over them, on the first one's grid;
+    `flip`: the mean over each and its mirror image."""
+    images = [images] if isinstance(images, torch.Tensor) else images
+    mean = 0
+    for image in images:
+        x = normalize(image.to(next(model.parameters()).device, non_blocking=True))
+        with autocast(x.device, dtype):
+            z = model(x).float()
+            if flip:
+                z = z + model(x.flip(3)).float().flip(3)
+        if image is not images[0]:
+            z = F.interpolate(z, mean.shape[2:], mode="bilinear", align_corners=False)
+        mean = mean + z
+    return mean / (len(images) * (1 + flip))
 
 
 def upsampled_labels(z, size):
@@ -217,11 +226,11 @@ def upsampled_labels(z, size):
     return F.interpolate(z, tuple(size), mode="bilinear", align_corners=False).argmax(1).to(torch.uint8)
 
 
-def predict(model, image, size, dtype=None, flip=False):
-    """Whole images, uint8 (B, 3, h, w) -> (B, H, W) uint8 class indices at `size` (H, W).
+def predict(model, images, size, dtype=None, flip=False):
+    """Whole images, see compute_logits -> (B, H, W) uint8 class indices at `size` (H, W).
 
     Validation, evaluate.py and infer.py all take these two steps, so that their labels are equal."""
-    return upsampled_labels(compute_logits(model, image, dtype, flip), size)
+    return upsampled_labels(compute_logits(model, images, dtype, flip), size)
 
 
 def optimize_for_inference(model, dtype=None):
@@ -291,6 +300,16 @@ def load_model(path, arch=None, classes=None, flag=""):
     model = build(wanted, meta["classes"])
     load_weights(model, translate(state, model), str(path), wanted)
     return model.eval(), meta
+
+
+def load_models(paths, arch=None, classes=None):
+    """[(path, network, meta)] of several checkpoints; all must have `classes`, or the first one's table."""
+    checkpoints = []
+    for path in paths:
+        model, meta = load_model(path, arch, classes)
+        classes = classes or meta["classes"]
+        checkpoints.append((path, model, meta))
+    return checkpoints
 
 
 def checkpoint_classes(path, state, meta, classes):
@@ -556,6 +575,16 @@ def describe_device(device, dtype):
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)
     return f"{device.type}, {kind}, {str(dtype or torch.float32).removeprefix('torch.')}"
+
+
+def parse_tta(text):
+    """An argparse type: "flip,0.75,1.25" -> ([1, 0.75, 1.25], True), the scales and whether to mirror."""
+    words = text.split(",")
+    scales = [number(float, 0.25, 4)(word) for word in words if word != "flip"]
+    return [1, *(scale for scale in dict.fromkeys(scales) if scale != 1)], "flip" in words
+
+
+parse_tta.__name__ = "list like flip,0.75,1.25"               # argparse names it in its errors
 
 
 def add_model_flags(parser, arch=None):

@@ -14,12 +14,14 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -60,6 +62,7 @@ ALONE = train_teacher.World(0, 1, CPU)           # the world of one process
 PLAIN = {"amp": "off", "workers": 0, "device": "cpu"}
 TINY = {"init": "random", "size": 64, "batch_size": 4, "lr": 1e-3, **PLAIN}
 B0 = {"arch": "segformer-b0", **TINY}
+EXACT = {"amp": "off", "device": "cpu"}
 
 
 # ------------------------------------------------------------ helpers
@@ -1165,8 +1168,26 @@ def test_predict_is_bilinear_then_argmax():
         z = model(data.normalize(image))
     expected = F.interpolate(z, (50, 70), mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(models.predict(model, image, (50, 70)).long(), expected)
+    with torch.no_grad():
+        mean = (z + model(data.normalize(image.flip(3))).flip(3)) / 2
+    assert torch.equal(models.compute_logits(model, image, flip=True), mean)         # to the bit
     flipped = models.predict(model, image, (64, 96), flip=True)
     assert torch.equal(flipped.flip(2), models.predict(model, image.flip(3), (64, 96), flip=True))
+
+
+def test_tta_is_the_mean_over_scales_and_mirrors_on_the_unscaled_grid():
+    """A network that averages cells of 4x4 pixels: the mean by hand."""
+    assert models.parse_tta("flip,0.75,1.25") == ([1, 0.75, 1.25], True)
+    assert models.parse_tta("flip") == ([1], True) and models.parse_tta("1.5,1,1.5") == ([1, 1.5], False)
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 2, 1))
+    images = [torch.randint(0, 256, (1, 3, side, 2 * side), dtype=torch.uint8) for side in (64, 32, 96)]
+    with torch.no_grad():
+        maps = [model(data.normalize(image)) for image in images]
+    for n in (1, 2):
+        maps[n] = F.interpolate(maps[n], (16, 32), mode="bilinear", align_corners=False)
+    for flip in (False, True):                                # this network commutes with the mirror
+        z = models.compute_logits(model, images, flip=flip)
+        assert z.shape == (1, 2, 16, 32) and torch.allclose(z, sum(maps) / 3, atol=1e-5)
 
 
 # ------------------------------------------------------------ scores and pictures
@@ -2126,12 +2147,12 @@ def test_full_disk_leaves_the_old_file(tmp_path):
 # ------------------------------------------------------------ evaluation
 def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, capsys):
     out, teachers, *_ = trained
-    argv = flags(*teachers, out / "best_student.pth", data=scenes, out=tmp_path, ensemble=True, tta="flip",
-                 teacher_weights="2:1", json=tmp_path / "scores.json", save_worst=2, **PLAIN)
+    argv = flags(*teachers, out / "best_student.pth", data=scenes, out=tmp_path, ensemble=True,
+                 tta="flip,1.5", teacher_weights="2:1", json=tmp_path / "scores.json", save_worst=2, **PLAIN)
     rows = evaluate.main(argv)
     said = capsys.readouterr().out
     plain = ["deep_lab", "segformer-b0", "best_student", "ensemble"]
-    names = [name + end for name in plain for end in ("", " + flip")]
+    names = [name + end for name in plain for end in ("", " + tta")]
     assert [row["name"] for row in rows] == names
     assert all(word in said for word in ("GMACs", "agreement", "<50 ms", "512x512", "threads", *names))
     content = json.loads((tmp_path / "scores.json").read_text())
@@ -2139,6 +2160,10 @@ def test_evaluate_writes_the_table_json_and_images(trained, scenes, tmp_path, ca
             "fps", "size", "interval", "difference"}
     assert keys <= content["models"][0].keys()
     assert rows[6]["agreement"] == 1 and rows[6]["to_ensemble"] == 0 and 0 < rows[0]["agreement"] < 1
+    student = models.optimize_for_inference(models.load_model(out / "best_student.pth")[0])
+    forwards = [evaluate.count_gmacs(student, side) for side in (512, 768)]
+    assert (rows[4]["gmacs"], rows[5]["gmacs"]) == (forwards[0], 2 * sum(forwards))
+    assert rows[7]["gmacs"] == pytest.approx(rows[1]["gmacs"] + rows[3]["gmacs"])
     assert rows[0]["difference"] == [0, 0] and rows[0]["interval"][0] <= rows[0]["miou_present"] + 0.05
     assert (tmp_path / "miou.png").exists() and "to the first, 95 %" in said
     charts = {f"confusion_{name.replace(' + ', '_')}.png" for name in names}
@@ -2261,11 +2286,13 @@ def test_a_network_of_another_class_table_is_refused_by_all(tmp_path, scenes, tr
 
 
 # ------------------------------------------------------------ inference and the Hugging Face folder
-def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_path):
+@pytest.mark.parametrize("tta", [None, "flip", "flip,0.75,1.25"])
+def test_labels_equal_evaluations_and_masks_hold_indices(tta, trained, scenes, tmp_path):
     checkpoint = trained[0] / "best_student.pth"
     images = scenes / "val" / "Color_Images"
-    infer.main(flags(images, checkpoint=checkpoint, out=tmp_path, raw=True, device="cpu"))
-    rows = evaluate.main(flags(checkpoint, data=scenes, out=tmp_path, workers=0, device="cpu"))
+    infer.main(flags(images, checkpoint=checkpoint, out=tmp_path, raw=True, tta=tta, size=128, device="cpu"))
+    rows = evaluate.main(flags(checkpoint, data=scenes, out=tmp_path, workers=0, tta=tta, size=128,
+                               device="cpu"))
     split, confusion = data.Split(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
     raw_ids = np.array([c["id"] for c in data.DESERT])
     for n, (path, _) in enumerate(split.pairs):
@@ -2277,7 +2304,7 @@ def test_labels_equal_evaluations_and_masks_hold_indices(trained, scenes, tmp_pa
         assert np.array_equal(ids, raw_ids[pred.numpy()])
         assert Image.open(tmp_path / f"{path.stem}_overlay.png").size == (192, 108)
         confusion += evaluate.confusion_matrix(pred, torch.from_numpy(split.read(n)[1]), 10)
-    assert evaluate.compute_scores(confusion, data.DESERT)["iou"] == rows[0]["iou"]
+    assert evaluate.compute_scores(confusion, data.DESERT)["iou"] == rows[-1]["iou"]
 
 
 @pytest.fixture
@@ -2285,6 +2312,133 @@ def one_image(tmp_path):
     path = tmp_path / "a.png"
     distill.draw_scene(1, 120, 80)[0].save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """Checkpoints of two SegFormers-B0 with random weights and a louder classifier, for size 64."""
+    folder = tmp_path_factory.mktemp("untrained")
+    for n in range(2):
+        torch.manual_seed(n)
+        model = models.build("segformer-b0", data.DESERT)
+        with torch.no_grad():
+            model.decode_head.classifier.weight.mul_(20)          # else nearly every pixel has one label
+        models.save_model(folder / f"b0_{n}.pth", model, "segformer-b0", data.DESERT, size=64)
+    return [folder / f"b0_{n}.pth" for n in range(2)]
+
+
+def test_labels_of_several_checkpoints_are_those_of_evaluations_ensemble(untrained, scenes, tmp_path, fails):
+    common = {"teacher_weights": "3:1", "out": tmp_path, "device": "cpu"}
+    images = scenes / "val" / "Color_Images"
+    infer.main(flags(images, checkpoint=untrained, **common))
+    rows = evaluate.main(flags(*untrained, data=scenes, workers=0, ensemble=True, **common))
+    split, confusion = data.Split(scenes, "val", data.DESERT), torch.zeros(10, 10, dtype=torch.int64)
+    for n, (path, _) in enumerate(split.pairs):
+        pred = torch.from_numpy(np.array(Image.open(tmp_path / f"{path.stem}_mask.png")))
+        confusion += evaluate.confusion_matrix(pred, torch.from_numpy(split.read(n)[1]), 10)
+    scored = evaluate.compute_scores(confusion, data.DESERT)
+    assert scored["iou"] == rows[2]["iou"] != rows[0]["iou"]
+    own = [{**entry, "name": entry["name"] + "s"} for entry in data.DESERT]
+    models.save_model(tmp_path / "own.pth", models.build("segformer-b0", own), "segformer-b0", own)
+    argv = flags(images, checkpoint=[untrained[0], tmp_path / "own.pth"])
+    fails(infer.main, argv, "own.pth", "another class table")
+
+
+def test_confidence_is_the_largest_probability(untrained, one_image, tmp_path):
+    infer.main(flags(one_image, checkpoint=untrained[0], out=tmp_path, confidence=True, **EXACT))
+    model, _ = models.load_model(untrained[0])
+    image = data.eval_image(data.read_image(one_image), 64)
+    with torch.no_grad():
+        z = models.optimize_for_inference(model)(data.normalize(image))
+    z = F.interpolate(z, (80, 120), mode="bilinear", align_corners=False)[0].double()
+    probs = z.exp() / z.exp().sum(0)                          # (10, 80, 120)
+    with Image.open(tmp_path / "a_confidence.png") as grey:
+        assert grey.mode == "L" and grey.size == (120, 80)
+        error = torch.from_numpy(np.array(grey)).double() - 255 * probs.amax(0)
+    assert error.abs().max() < 0.501 and probs.amax(0).max() - probs.amax(0).min() > 0.1
+
+
+def stream(argv, frames, capfdbinary, monkeypatch):
+    """(stdout as uint8, stderr) of infer.py with --stream 120x80 and `frames` as its stdin."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(frames)))
+    capfdbinary.readouterr()
+    infer.main([*argv, *flags(stream="120x80", **EXACT)])
+    out, err = capfdbinary.readouterr()
+    return np.frombuffer(out, np.uint8), err.decode()
+
+
+def test_a_stream_gives_the_labels_of_files(untrained, one_image, tmp_path, capfdbinary, monkeypatch):
+    argv = flags(checkpoint=untrained[0])
+    infer.main([str(one_image), *argv, *flags(out=tmp_path, **EXACT)])
+    mask, image = np.array(Image.open(tmp_path / "a_mask.png")), data.read_image(one_image)
+    assert len(np.unique(mask)) > 1
+    for smooth in (None, 0.6):                                # the first frame as it is
+        extra = flags(raw_labels=True, smooth=smooth)
+        out, err = stream([*argv, *extra], image.tobytes(), capfdbinary, monkeypatch)
+        assert np.array_equal(out.reshape(80, 120), mask) and "1 frame(s)" in err
+    out, err = stream(argv, image.tobytes() + bytes(5), capfdbinary, monkeypatch)
+    assert np.array_equal(out.reshape(80, 120, 3), data.overlay(image, mask, data.DESERT, False))
+    assert "torn" in err and "5 of 28800 bytes" in err and "1 frame(s)" in err and "at worst" in err
+    out, err = stream(argv, b"", capfdbinary, monkeypatch)
+    assert out.size == 0 and err == "0 frame(s) labelled\n"
+
+
+def test_smoothed_labels_by_hand(untrained, capfdbinary, monkeypatch):
+    images = [distill.draw_scene(n, 120, 80)[0] for n in (1, 2)]
+    model = models.optimize_for_inference(models.load_model(untrained[0])[0])
+    with torch.no_grad():
+        a, b = [model(data.normalize(data.eval_image(image, 64))).softmax(1) for image in images]
+    mean = (0.6 * a + 0.4 * b).log()
+    expected = F.interpolate(mean, (80, 120), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
+    frames = b"".join(image.tobytes() for image in images)
+    argv = flags(checkpoint=untrained[0], raw_labels=True)
+    out, _ = stream([*argv, "--smooth", "0.6"], frames, capfdbinary, monkeypatch)
+    plain, _ = stream(argv, frames, capfdbinary, monkeypatch)
+    assert np.array_equal(out.reshape(2, 80, 120)[1], expected)
+    assert np.array_equal(out[:9600], plain[:9600]) and not np.array_equal(out, plain)
+
+
+def test_a_stream_ends_cleanly_at_ctrl_c_and_where_its_reader_closes(untrained):
+    """In real pipes: each frame is out before the next is in."""
+    argv = flags(HERE / "infer.py", checkpoint=untrained[0], stream="32x32", raw_labels=True, **EXACT)
+    how = {"stdin": subprocess.PIPE, "text": False, "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+           # a shell's background jobs ignore Ctrl-C, and so would the child
+           "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    for end in ("ctrl-c", "closed"):
+        with start_child(*argv, **how) as child:
+            alarm = threading.Timer(120, child.kill)
+            alarm.start()
+            for _ in range(2):
+                child.stdin.write(bytes(3072))
+                child.stdin.flush()
+                assert len(child.stdout.read(1024)) == 1024
+            if end == "ctrl-c":
+                child.send_signal(signal.SIGINT)
+            else:
+                child.stdout.close()
+                child.stdin.write(bytes(3072))
+                child.stdin.flush()
+            err = child.stderr.read().decode()
+            alarm.cancel()
+            assert child.wait(60) == (130 if end == "ctrl-c" else 0)
+        assert re.search(r"[12] frame\(s\) labelled, ", err)  # the second may be out but not yet counted
+        assert "Traceback" not in err and "Exception" not in err and "Broken" not in err
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_a_stream_between_two_ffmpegs(untrained, tmp_path):
+    for n in range(3):
+        distill.draw_scene(n, 120, 80)[0].save(tmp_path / f"{n}.png")
+    raw = "-f rawvideo -pix_fmt rgb24"
+    infer_command = shlex.join([sys.executable, str(HERE / "infer.py"),
+                                *flags(checkpoint=untrained[0], stream="120x80", **EXACT)])
+    command = (f"ffmpeg -v error -i %d.png {raw} - | {infer_command} | "
+               f"ffmpeg -v error {raw} -s 120x80 -i - -pix_fmt rgb24 out_%d.png")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          check=True)
+    assert "3 frame(s) labelled" in done.stderr
+    infer.main(flags(tmp_path / "2.png", checkpoint=untrained[0], out=tmp_path, **EXACT))
+    assert Image.open(tmp_path / "out_3.png").tobytes() == Image.open(tmp_path / "2_overlay.png").tobytes()
 
 
 def test_inputs_of_every_kind_and_bad_files_are_skipped(trained, tmp_path, capsys):
@@ -2619,6 +2773,8 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "no checkpoints": (scores("nowhere.pth"), ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (scores("DEEPLAB", ensemble=True, teacher_weights="1:2"),
                                      ["--teacher-weights 1:2"]),
+    "tta nonsense": (scores("DEEPLAB", tta="flop"), ["--tta", "list like flip,0.75,1.25", "flop"]),
+    "tta too large": (labels("FOLDER", tta="flip,9"), ["--tta", "9 is not at least 0.25 and at most 4"]),
     "no such split": (scores("DEEPLAB", split="nowhere"), ["nowhere"]),
     "no such image": (labels("nowhere.png", checkpoint="DEEPLAB"), ["nowhere.png"]),
     "no image at all": (labels(), ["nothing to do"]),
@@ -2635,6 +2791,13 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "int8 with no such split": (labels(**INT8, calibrate="SCENES", split="zz"), ["zz"]),
     "name too long": (labels(300 * "a" + ".png", checkpoint="DEEPLAB"), ["aaa"]),
     "int8 without images": (labels(export="a.int8.onnx", checkpoint="DEEPLAB"), ["--calibrate"]),
+    "an export of several": (labels(export="hf", checkpoint=["DEEPLAB", "STUDENT"]),
+                             ["--export hf", "one --checkpoint"]),
+    "a stream of images": (labels("a.png", stream="96x64"), ["--stream", "leave out images"]),
+    "a stream of no size": (labels(stream="960"), ["--stream", "pair like 960x540"]),
+    "smooth without a stream": (labels("a.png", smooth=0.6), ["--smooth", "--stream WxH"]),
+    "smooth of 1": (labels(stream="96x64", smooth=1), ["--smooth", "at most 0.99"]),
+    "images after --checkpoint": (labels(checkpoint=["DEEPLAB", "a.png"]), ["before --checkpoint"]),
     "images and an export": (labels("a.png", export="a.onnx", checkpoint="DEEPLAB"),
                              ["--export a.onnx", "a.png"]),
     "another class table": (labels("FOLDER", checkpoint="DEEPLAB", classes="OWN"),
