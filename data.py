@@ -647,13 +647,10 @@ def scan_pairs(pairs, scan_file=None):
         keys.append(f"{image.resolve()}|{':'.join(stamps)}")
     # results of two parts are of an older version, without colours
     missing = [n for n, key in enumerate(keys) if len(known.get(key, ())) < 3]
-    pool = ThreadPoolExecutor(min(8, count_cores()))          # Pillow decodes without holding Python's lock
-    try:
+    with ThreadPoolExecutor(min(8, count_cores())) as pool:   # Pillow decodes without holding Python's lock
         results = pool.map(scan_pair, [pairs[n] for n in missing])
         for n, result in zip(missing, progress_bar(results, "reading all files", len(missing)), strict=True):
             known[keys[n]] = result
-    finally:
-        pool.shutdown(cancel_futures=True)
     if scan_file is not None and missing:
         write_atomic(scan_file, json.dumps({key: known[key] for key in keys}).encode())
     return [(tuple(size), *({int(v): n for v, n in counts.items()} for counts in counts_of_both))
@@ -884,14 +881,10 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bar_seconds():
-    """Seconds between two updates of a progress bar: rare where stderr is a file."""
-    return 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
-
-
-def progress_bar(iterable, desc, total):
-    """A progress bar that is only shown for work of more than a second."""
-    return tqdm(iterable, desc, total, leave=False, delay=1, mininterval=bar_seconds())
+def progress_bar(iterable, desc, total, **how):
+    """A progress bar for work of more than a second; where stderr is a file it writes once a minute."""
+    seconds = 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 60
+    return tqdm(iterable, desc, total, **{"leave": False, "delay": 1, "mininterval": seconds, **how})
 
 
 # ------------------------------------------------------------ flags

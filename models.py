@@ -537,15 +537,11 @@ def guess_arch(state):
 # ------------------------------------------------------------ device, precision, flags
 def pick_device(name):
     """torch.device of --device; auto takes cuda, then mps, then cpu."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    usable = name == "cpu"
-    if kind == "cuda":
-        usable = torch.cuda.is_available() and (number or "0") in map(str, range(torch.cuda.device_count()))
-    elif kind == "mps":
-        usable = torch.backends.mps.is_available()
-    if not usable:
+        name = next(kind for kind, count in counts.items() if count)
+    kind, _, which = name.partition(":")
+    if (which or "0") not in map(str, range(counts.get(kind, 0))):
         raise InputError(f"--device {name}: is not available on this machine; use auto, cuda, mps or cpu")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")            # here, so that every script computes alike

@@ -33,7 +33,6 @@ import torchvision
 import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 import data
 from data import InputError, RunError
@@ -79,8 +78,8 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
     loader = data.load(dataset, order, args.workers, device.type == "cuda")
     clock, signals, saved_at = Clock(device, step_images), Signals(), time.monotonic()
     nonfinite_in_a_row = torch.zeros((), device=device)
-    bar = tqdm(total=total, initial=state.step, desc=state.name, disable=world.rank > 0,
-               mininterval=data.bar_seconds())
+    bar = data.progress_bar(None, state.name, total, initial=state.step, leave=True, delay=0,
+                            disable=world.rank > 0)
 
     def epoch_ends():
         return state.step % steps_per_epoch == 0 or state.step == total
