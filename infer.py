@@ -21,6 +21,8 @@ import functools
 import glob
 import importlib
 import io
+import itertools
+import math
 import sys
 import tempfile
 import time
@@ -43,10 +45,35 @@ from models import (Ensemble, SegFormer, add_model_flags, amp_dtype, compute_log
 
 
 # ------------------------------------------------------------ labelling files
-def image_logits(image, model, size, dtype=None, tta=None):
-    """PIL RGB -> (1, C, h, w) float32 logits at stride 4. tta: see models.parse_tta."""
+def image_logits(image, model, size, dtype=None, tta=None, tile=False):
+    """PIL RGB -> (1, C, h, w) float32 logits at stride 4, of an image whose shorter side is made `size`, or
+    see tiled_logits. tta: see models.parse_tta."""
+    if tile and min(image.size) > size:                       # else nothing is lost by the usual scale
+        window_logits = functools.partial(image_logits, model=model, size=size, dtype=dtype, tta=tta)
+        return tiled_logits(image, window_logits, size)
     scales, flip = tta or ([1], False)
     return compute_logits(model, [data.eval_image(image, size * scale) for scale in scales], dtype, flip)
+
+
+def tiled_logits(image, window_logits, size):
+    """PIL RGB with sides above `size` -> (1, C, H / 4, W / 4) float32, H and W rounded up to multiples of 4.
+
+    The scale is the image's own: windows of size x size pixels, a crop as in training, are labelled as they
+    are. Right where things are as large in pixels as in training images whose shorter side is `size`, as in
+    an aerial image; in a frame of a finer camera they are larger, and --size with more pixels may do better.
+    Windows overlap by a quarter or more; their logits are averaged where they meet."""
+    width, height = (4 * math.ceil(side / 4) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    lefts, tops = ([*range(0, side - size, 3 * size // 4), side - size] for side in (width, height))
+    total, count = 0, torch.zeros(height // 4, width // 4)
+    for top, left in itertools.product(tops, lefts):
+        z = window_logits(image.crop((left, top, left + size, top + size)))          # (1, C, size/4, size/4)
+        if top == left == 0:
+            total, count = z.new_zeros(1, z.shape[1], *count.shape), count.to(z.device)
+        rows, columns = slice(top // 4, (top + size) // 4), slice(left // 4, (left + size) // 4)
+        total[..., rows, columns] += z
+        count[rows, columns] += 1
+    return total / count
 
 
 def confidence(z, size):
@@ -378,6 +405,8 @@ def make_parser():
                        help="shorter side of what the network sees, in pixels; usually that of training")
     group.add_argument("--tta", type=parse_tta, metavar="flip,0.75,1.25",
                        help="label by the mean over the image, mirrored and at these scales of --size")
+    group.add_argument("--tile", action="store_true",
+                       help="label large images at their own scale, in overlapping windows of --size pixels")
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="outputs/predictions", help="where labels go")
     group.add_argument("--raw", action="store_true",
@@ -423,9 +452,9 @@ def main(argv=()):
                          "--stream WxH or --export TARGET")
     if args.inputs and args.export:
         raise InputError(f"--export {args.export}: labels no images ({args.inputs[0]}); run it twice")
-    if args.export and (len(args.checkpoint) > 1 or args.tta):
+    if args.export and (len(args.checkpoint) > 1 or args.tta or args.tile):
         raise InputError(f"--export {args.export}: takes one network as it is; name one --checkpoint, and no "
-                         "--tta")
+                         "--tta or --tile")
     device = pick_device("cpu" if args.export else args.device)
     classes = data.load_classes(args.classes) if args.classes else None
     checkpoints = load_models(args.checkpoint, args.arch, classes)
@@ -438,7 +467,7 @@ def main(argv=()):
     weights = ensemble_weights(args.teacher_weights, [meta for _, _, meta in checkpoints])
     model = Ensemble(networks, weights).to(device) if len(networks) > 1 else networks[0]
     logits = functools.partial(image_logits, model=model, size=args.size or meta["size"], dtype=dtype,
-                               tta=args.tta)
+                               tta=args.tta, tile=args.tile)
     if not args.stream:
         label_files(args, logits, meta["classes"], device)
         return

@@ -2358,6 +2358,40 @@ def test_confidence_is_the_largest_probability(untrained, one_image, tmp_path):
     assert error.abs().max() < 0.501 and probs.amax(0).max() - probs.amax(0).min() > 0.1
 
 
+@pytest.mark.parametrize("width, height", [(64, 64), (160, 97), (65, 333)])
+def test_windows_of_a_network_that_sees_single_cells_give_the_plain_logits(width, height):
+    """One that averages cells of 4x4 pixels: in windows or not, the logits at an image's own scale are the
+    same. Those that only count: each cell holds the mean of the windows' numbers."""
+    image = distill.draw_scene(0, width, height)[0]
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 2, 1))
+    sides = [4 * math.ceil(side / 4) for side in (width, height)]
+    plain = models.compute_logits(model, data.resized_image(image, *sides))
+    for tta in (None, ([1], True)):
+        z = infer.tiled_logits(image, lambda crop, tta=tta: infer.image_logits(crop, model, 64, tta=tta), 64)
+        assert z.shape == plain.shape and torch.allclose(z, plain, atol=1e-5)
+    numbers = itertools.count()
+    z = infer.tiled_logits(image, lambda crop: torch.full((1, 1, 16, 16), float(next(numbers))), 64)[0, 0]
+    if (width, height) == (160, 97):                          # windows at 0, 48, 96 and at 0, 36
+        assert [z[0, n].item() for n in (0, 11, 12, 15, 16, 24, 28, 39)] == [0, 0, .5, .5, 1, 1.5, 2, 2]
+        assert z[9, 12].item() == (0 + 1 + 3 + 4) / 4 and z[24, 39].item() == 5
+
+
+def test_tile_takes_the_plain_path_where_nothing_would_shrink_and_windows_elsewhere(untrained, tmp_path):
+    image = distill.draw_scene(0, 200, 150)[0]
+    for name, sides in (("small", (60, 48)), ("equal", (64, 64)), ("long", (200, 64)), ("large", (200, 150))):
+        image.resize(sides).save(tmp_path / f"{name}.png")
+    argv = flags(*sorted(tmp_path.glob("*.png")), checkpoint=untrained[0], **EXACT)
+    for out, tile in (("plain", None), ("tiled", True)):
+        infer.main([*argv, *flags(out=tmp_path / out, tile=tile)])
+    masks = {}
+    for path in sorted(tmp_path.glob("*/*_mask.png")):
+        masks[path.parent.name, path.stem.removesuffix("_mask")] = np.array(Image.open(path))
+    for name in ("small", "equal", "long"):
+        assert np.array_equal(masks["plain", name], masks["tiled", name])
+    assert masks["tiled", "large"].shape == (150, 200)
+    assert not np.array_equal(masks["plain", "large"], masks["tiled", "large"])
+
+
 def stream(argv, frames, capfdbinary, monkeypatch):
     """(stdout as uint8, stderr) of infer.py with --stream 120x80 and `frames` as its stdin."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(frames)))
