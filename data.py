@@ -308,40 +308,40 @@ class Split:
         self.classes, self.name, self.val_share = classes, name, val_share
         in_folder = find_pairs(root, "train" if val_share else name)
         self.pairs = divide_pairs(in_folder, root, name, val_share) if val_share else in_folder
+        without_mask = [(image, None) for image in find_unlabelled(unlabelled, in_folder)]
+        self.images = [image for image, _ in (*self.pairs, *without_mask)]
+        self.unlabelled = len(without_mask)
+
         scan_file = Path(out) / f"scan_{(Path(root) / name).absolute().name}.json" if out else None
         found = scan_pairs(self.pairs, scan_file)
-        self.images = [image for image, _ in self.pairs]
-        without_mask = [(image, None) for image in find_unlabelled(unlabelled, in_folder)]
-        self.images += [image for image, _ in without_mask]
-        self.sizes = [size for size, _, _ in found]
-        self.sizes += [size for size, _, _ in scan_pairs(without_mask, scan_file and scan_file.with_name(
-            "scan_unlabelled.json"))]
-        self.unlabelled = len(without_mask)
+        others = scan_pairs(without_mask, scan_file and scan_file.with_name("scan_unlabelled.json"))
+        self.sizes = [size for size, _, _ in (*found, *others)]
+        content = list(zip((image.stem for image in self.images), (*found, *others), strict=True))
+        self.digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+        numbers, colors = [set(row[1]) for row in found], [set(row[2]) for row in found]
         paths = [mask for _, mask in self.pairs]
-        self.label_format = find_label_format([set(values) for _, values, _ in found], paths, classes, masks,
-                                              [set(colors) for _, _, colors in found])
-        self.in_colors = self.label_format == "colors"
+        self.label_format = find_label_format(numbers, paths, classes, masks, colors)
         self.lookup = lookup_table(classes, self.label_format)
-        self.counts = torch.zeros(len(found), len(classes), dtype=torch.int64)
+        self.count_labels(found, masks)
+
+    def count_labels(self, found, masks):
+        """Sets counts and unknown. found: see scan_pairs; masks: --masks."""
+        self.counts = torch.zeros(len(found), len(self.classes), dtype=torch.int64)
         self.unknown: dict = {}
-        content: list = []                                    # [(stem, (size, {value: pixels}))]
-        for n, (size, numbers, colors) in enumerate(found):
-            values = colors if self.in_colors else numbers
-            content.append((self.images[n].stem, (size, values)))
-            for value, pixels in values.items():
+        in_colors = self.label_format == "colors"
+        for n, (_, numbers, colors) in enumerate(found):
+            for value, pixels in (colors if in_colors else numbers).items():
                 index = int(self.lookup[value])
                 if index != IGNORE:
                     self.counts[n, index] += pixels
-                elif value != IGNORE or self.in_colors:
-                    value = tuple(value.to_bytes(3, "big")) if self.in_colors else value
+                elif value != IGNORE or in_colors:
+                    value = tuple(value.to_bytes(3, "big")) if in_colors else value
                     self.unknown[value] = self.unknown.get(value, 0) + pixels
-            read_as_numbers = bool(colors) and masks is None and not self.in_colors
-            if read_as_numbers and palette_differs(self.counts[n], colors, classes):
-                raise InputError(f"{paths[n]}: its numbers and its palette's colours name different classes; "
-                                 f"say --masks {self.label_format} or --masks colors")
-        content += [(image.stem, size) for (image, _), size in zip(without_mask, self.sizes[len(self):],
-                                                                   strict=True)]
-        self.digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+            read_as_numbers = bool(colors) and masks is None and not in_colors
+            if read_as_numbers and palette_differs(self.counts[n], colors, self.classes):
+                raise InputError(f"{self.pairs[n][1]}: its numbers and its palette's colours name different "
+                                 f"classes; say --masks {self.label_format} or --masks colors")
 
     def __len__(self):
         return len(self.pairs)
@@ -370,7 +370,7 @@ class Split:
         image = read_image(self.images[n], shrink)
         if n >= len(self):
             return image, np.zeros(self.sizes[n][::-1], np.uint8)
-        return image, self.lookup[read_mask(self.pairs[n][1], self.in_colors)]
+        return image, self.lookup[read_mask(self.pairs[n][1], self.label_format == "colors")]
 
     def crop(self, n, size, affine):
         """The n-th pair under a (2, 3) map, see random_affine: uint8 (3, S, S) image, (S, S) target."""
