@@ -128,6 +128,10 @@ def weights_of(path):
     return torch.load(path, weights_only=True)["model_state_dict"]
 
 
+def spelt_old(state):
+    return {models.old_key(key): value for key, value in state.items()}
+
+
 def read_log(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -1053,10 +1057,6 @@ def save_folder(folder, names, spelling="old", arch="segformer-b0", **changed):
     return stock
 
 
-def spelt_old(state):
-    return {models.old_key(key): value for key, value in state.items()}
-
-
 @pytest.mark.parametrize("spelling", ["old", "new"])
 def test_fine_tuned_folder_as_init_brings_encoder_and_head(spelling, tmp_path, fails, scenes, capsys):
     names = data.class_names(data.DESERT)
@@ -1691,14 +1691,14 @@ def test_every_signal_trains(extra, parts, trained, scenes, tmp_path):
     found = {key for key in ("soft", "cwd", "feature", "attention") if key in history[-1]}
     assert found == parts and all(history[-1][key] > 0 for key in parts)
     saved = weights_of(tmp_path / "student_segformer-b0.pth")
-    assert saved.keys() == student.state_dict().keys()        # adapters are not part of it
+    assert saved.keys() == spelt_old(student.state_dict()).keys()                    # no adapters among them
 
 
 def test_init_teacher_copies_an_even_choice_of_blocks():
     torch.manual_seed(0)
     teacher, student = models.build("segformer-b3", data.DESERT), models.build("segformer-b1", data.DESERT)
     distill.start_from_teacher(student, [teacher])
-    own, theirs = ({models.old_key(k): v for k, v in m.state_dict().items()} for m in (student, teacher))
+    own, theirs = spelt_old(student.state_dict()), spelt_old(teacher.state_dict())
     block = "segformer.encoder.block.2.{}.mlp.dense1.weight"
     assert torch.equal(own[block.format(0)], theirs[block.format(0)])
     assert torch.equal(own[block.format(1)], theirs[block.format(17)])
