@@ -133,30 +133,27 @@ def label_stream(args, logits, classes, source, sink):
     With --smooth s, p = s * p before + (1 - s) * p of the frame, of probabilities at stride 4. Ends with the
     input, or at Ctrl-C; a torn last frame is left out. What it says goes to stderr."""
     width, height = args.stream
-    milliseconds, probs = [], None
+    whole, milliseconds, probs = 3 * width * height, [], None
     try:
-        while frame := source.read(3 * width * height):
-            if len(frame) < 3 * width * height:
-                print(f"the last frame is torn and left out: {len(frame)} of {3 * width * height} bytes",
-                      file=sys.stderr)
+        while frame := source.read(whole):
+            if len(frame) < whole:
+                print(f"the last frame is torn and left out: {len(frame)} of {whole} bytes", file=sys.stderr)
                 break
             start = time.perf_counter()
             image = Image.frombytes("RGB", (width, height), frame)
             z = logits(image)
-            if args.smooth:
-                present = z.softmax(1)
-                if probs is not None:
-                    present = args.smooth * probs + (1 - args.smooth) * present
-                    z = present.clamp_min(1e-8).log()         # as the mean of an Ensemble
-                probs = present
+            if args.smooth and probs is None:
+                probs = z.softmax(1)
+            elif args.smooth:
+                probs = args.smooth * probs + (1 - args.smooth) * z.softmax(1)
+                z = probs.clamp_min(1e-8).log()               # as the mean of an Ensemble
             pred = upsampled_labels(z, (height, width))[0].cpu().numpy()
             sink.write((pred if args.raw_labels else data.overlay(image, pred, classes, False)).tobytes())
             sink.flush()
             milliseconds.append(1000 * (time.perf_counter() - start))
     finally:
-        took = (f", {np.median(milliseconds):.0f} ms per frame (median), {max(milliseconds):.0f} ms at worst"
-                if milliseconds else "")
-        print(f"{len(milliseconds)} frame(s) labelled{took}", file=sys.stderr)
+        print(f"{len(milliseconds)} frame(s) labelled, {np.median(milliseconds or [0]):.0f} ms per frame "
+              f"(median), {max(milliseconds, default=0):.0f} ms at worst", file=sys.stderr)
 
 
 def find_inputs(names):
@@ -445,8 +442,7 @@ def main(argv=()):
         raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
                          "images, --export, --raw and --confidence")
     if not args.stream and (args.smooth or args.raw_labels):
-        raise InputError(f"{'--smooth' if args.smooth else '--raw-labels'}: is for a video; name --stream "
-                         "WxH, the sides of its frames")
+        raise InputError("--smooth, --raw-labels: are for a video; name --stream WxH, its frames' sides")
     if not args.inputs and not args.export and not args.stream:
         raise InputError("nothing to do: name images (before --checkpoint, which takes all names after it), "
                          "--stream WxH or --export TARGET")
