@@ -141,7 +141,7 @@ class Batch(NamedTuple):
     jitter: torch.Tensor                     # (B, 4) float32, see random_jitter
     indices: torch.Tensor                    # (B,) which images of the split, see Split.images
     box: torch.Tensor | None = None          # (B, 4) x0, y0, x1, y1 of what CutMix replaces, in pixels
-    weights: dict | None = None              # {"hard": (B, S, S), "soft": (B, S/4, S/4)} pixel weights
+    weights: dict | None = None              # {"hard": (B, S, S), "soft": (B, S/4, S/4), ..} pixel weights
     teacher: torch.Tensor | None = None      # (B, C, S/4, S/4) float32 logits of the ensemble
     teacher_stages: list | None = None       # for each teacher its list of stages
 

@@ -4,10 +4,10 @@
     python infer.py folder 'more/*.jpg' --raw --confidence --checkpoint outputs/best_student.pth
     python infer.py folder --checkpoint outputs/deep_lab.pth outputs/best_model.pth       # their ensemble
     ffmpeg -i drive.mp4 -f rawvideo -pix_fmt rgb24 - | python infer.py --stream 960x540 --smooth 0.6 |
-        ffmpeg -f rawvideo -pix_fmt rgb24 -s 960x540 -i - out.mp4
+        ffmpeg -f rawvideo -pix_fmt rgb24 -s 960x540 -r 30 -i - out.mp4      # -r: drive.mp4's rate
     python infer.py --export student_hf          # a Hugging Face folder (SegFormer only)
     python infer.py --export student.onnx --shape 512x896        # uint8 NCHW images in, uint8 labels out
-    python infer.py --export student.int8.onnx --calibrate DIR --data DIR
+    python infer.py --export student.int8.onnx --calibrate DIR/train/Color_Images --data DIR
 
 A mask is a palette PNG: viewers show the class colours, np.asarray gives the class indices. The labels are
 those of validation: the same reader, the same preprocessing, the same logits.
@@ -262,7 +262,7 @@ def export_int8(args, model, meta, target, shape):
                        val_share=args.val_share)
     files = find_inputs([args.calibrate])
     images = []
-    for path in files[::max(1, len(files) // 64)][:64]:
+    for path in files[::math.ceil(len(files) / 64)]:          # of the whole drive, not its beginning
         images.append(data.resized_image(data.read_image(path), shape[1], shape[0]).numpy())
     rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint[0]).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
-"""The networks, their checkpoints, the ensemble, and predict(): the one way from an image to labels.
+"""The networks, their checkpoints, the ensemble, and the one way from an image to labels.
 
-    model = build("segformer-b1", classes); z = model(x)  # (B, 3, H, W) -> (B, C, h, w) logits at stride 4
-    model, meta = load_model("outputs/best_student.pth")         # rebuilt from the checkpoint alone
+    model = build("segformer-b1", classes); z = model(x)     # (B, 3, H, W) -> (B, C, h, w) logits at stride 4
+    model, meta = load_model("outputs/best_student.pth")      # rebuilt from the checkpoint alone
 
 At 512x512 with ten classes: SegFormer-B1 13.7 M parameters and 11.0 GMACs (15.3 as transformers writes it),
 SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2 (`python evaluate.py CKPT...`).
 
 To add an architecture: a module like DeepLabV3Plus below, with its `encoder` and `memory_format`, whose
 forward(x, features=False) gives logits at stride 4 and, with `features`, also a list of four stages, and
-whose last layer's key begins with "classifier."; then its name in ARCHS, and a branch in build() and
-guess_arch().
+whose last layer's key begins with "classifier."; then its name in ARCHS, and a branch in build(),
+guess_arch() and load_imagenet(). BatchNorms must follow the convolutions that are defined before them.
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
@@ -229,7 +229,7 @@ def upsampled_labels(z, size):
 def predict(model, images, size, dtype=None, flip=False):
     """Whole images, see compute_logits -> (B, H, W) uint8 class indices at `size` (H, W).
 
-    Validation, evaluate.py and infer.py all take these two steps, so that their labels are equal."""
+    Validation, evaluate.py and infer.py take these two steps, so that their labels are equal."""
     return upsampled_labels(compute_logits(model, images, dtype, flip), size)
 
 
@@ -439,7 +439,7 @@ def load_imagenet(model, arch, classes):
             weights = torchvision.models.ResNet50_Weights.DEFAULT
             state = weights.get_state_dict(progress=True, check_hash=True)
         load_backbone(model, state, "--init imagenet")
-    else:
+    elif arch in SEGFORMERS:
         load_init(model, arch, classes, f"nvidia/mit-{arch[-2:]}", "--init imagenet:")
 
 

@@ -1278,6 +1278,10 @@ def test_bars_are_as_long_as_their_values():
     assert lengths[1] == pytest.approx(2 * lengths[0], abs=2)
 
 
+def test_bars_of_networks_that_are_right_nowhere_are_drawn():
+    assert evaluate.draw_bars([("a", 0.0, 0.0, 0.0)], "title").size[0] > 100
+
+
 def test_a_legend_of_many_classes_stays_inside_the_image():
     image, labels = Image.new("RGB", (320, 240), (90, 120, 60)), np.arange(320 * 240).reshape(240, 320) % 100
     drawn = [np.asarray(data.overlay(image, labels, many_classes(100), legend)) for legend in (True, False)]
@@ -1768,6 +1772,15 @@ def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_pat
         changes = {"out": tmp_path / how, "alpha": 0.5, "hard_weight": how}
         _, (record,) = distill.main(flags(data=scenes, **B0, steps=1, teachers=trained[1], **changes))
         assert record["loss"] == pytest.approx(share * record["hard"] + 0.5 * record["soft"], rel=1e-5)
+
+
+def test_a_batch_of_which_half_has_no_label_needs_half_as_many_pairs(trained, copy_of, unlabelled, tmp_path):
+    for part in ("Color_Images", "Segmentation"):
+        for path in sorted((copy_of / "train" / part).iterdir())[6:]:
+            path.unlink()
+    settings = {**B0, "batch_size": 8, "steps": 1, "teachers": trained[1][1]}
+    _, history = distill.main(flags(data=copy_of, out=tmp_path, unlabelled=unlabelled, **settings))
+    assert history[-1]["step"] == 1                           # 4 of 6 pairs
 
 
 def test_a_setting_that_was_measured_to_lose_says_so(trained, scenes, unlabelled, tmp_path, capsys):
@@ -2800,6 +2813,7 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "unlabelled nowhere": (kd(unlabelled="nowhere", teachers="DEEPLAB"),
                            ["--unlabelled nowhere", "no such folder"]),
     "unlabelled empty": (kd(unlabelled="FOLDER", teachers="DEEPLAB"), ["--unlabelled", "holds no images"]),
+    "cutmix alone": (kd(cutmix=0.5, alpha=0), ["--cutmix", "--alpha"]),
     "unlabelled alone": (kd(unlabelled="FOLDER", alpha=0), ["--unlabelled", "--alpha"]),
     "unlabelled share": (kd(unlabelled="FOLDER", unlabelled_share=1),
                          ["--unlabelled-share 1", "--batch-size 8"]),

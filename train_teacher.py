@@ -523,7 +523,7 @@ class World(NamedTuple):
         self.max(0)
 
     def max(self, *values):
-        """The largest of each value over all processes, as integers."""
+        """The largest of each whole number over all processes."""
         if self.size == 1:
             return values
         shared = torch.tensor(values, dtype=torch.int64)
@@ -659,9 +659,10 @@ def open_data(args, world):
 def check_batch(args, pairs, world):
     if args.arch == "deeplab" and args.batch_size < 2:
         raise InputError("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images")
-    images = args.batch_size * args.accumulate * world.size
+    unlabelled = round(args.unlabelled_share * args.batch_size) if args.unlabelled else 0
+    images = (args.batch_size - unlabelled) * args.accumulate * world.size
     if images > pairs:
-        raise InputError(f"--batch-size {args.batch_size}: a step takes {images} images (x --accumulate x "
+        raise InputError(f"--batch-size {args.batch_size}: a step takes {images} pairs (x --accumulate x "
                          f"processes), the training split holds {pairs}; lower it")
 
 
