@@ -91,8 +91,8 @@ class LRASPP(nn.Module):
         super().__init__()
         net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
         self.backbone, self.classifier = net.backbone, net.classifier
-        # "low" and "high", at strides 8 and 16, are for the head; 3, 6 and 12 are the last layers at stride 4,
-        # at 8, and at 16 before the dilated ones
+        # "low" and "high", at strides 8 and 16, are for the head; 3, 6 and 12 are the last layers at stride
+        # 4, at 8, and at 16 before the dilated ones
         self.backbone.return_layers = {"3": "3", "4": "low", "6": "6", "12": "12", "16": "high"}
 
     def forward(self, x, features=False):
