@@ -201,7 +201,7 @@ def export_folder(model, meta, folder, height, width):
         raise InputError(f"--export {folder}: is a file or named like one; name a folder, FILE.onnx or "
                          "FILE.int8.onnx")
     if not isinstance(model, SegFormer):
-        raise InputError(f"--export {folder}: only SegFormer has a Hugging Face form; export a DeepLab to a "
+        raise InputError(f"--export {folder}: only SegFormer has a Hugging Face form; export others to a "
                          ".onnx file")
     stock = transformers.SegformerForSemanticSegmentation(model.config)
     stock.load_state_dict(model.state_dict())

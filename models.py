@@ -4,11 +4,12 @@
     model, meta = load_model("outputs/best_student.pth")      # rebuilt from the checkpoint alone
 
 At 512x512 with ten classes: SegFormer-B1 13.7 M parameters and 11.0 GMACs (15.3 as transformers writes it),
-SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2 (`python evaluate.py CKPT...`).
+SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2, LR-ASPP with MobileNetV3-Large
+3.2 M and 2.0 (`python evaluate.py CKPT...`).
 
 To add an architecture: a module like DeepLabV3Plus below, with its `encoder` and `memory_format`, whose
 forward(x, features=False) gives logits at stride 4 and, with `features`, also a list of four stages, and
-whose last layer's key begins with "classifier."; then its name in ARCHS, and a branch in build(),
+whose last layer is one that is_classifier() knows; then its name in ARCHS, and a branch in build(),
 guess_arch() and load_imagenet(). BatchNorms must follow the convolutions that are defined before them.
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
@@ -28,6 +29,7 @@ import torchvision
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -42,7 +44,7 @@ SEGFORMERS = {                                   # blocks by stage, widths by st
     "segformer-b3": ((3, 4, 18, 3), (64, 128, 320, 512), 768),
     "segformer-b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
     "segformer-b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768)}
-ARCHS = ["deeplab", *SEGFORMERS]
+ARCHS = ["deeplab", "lraspp", *SEGFORMERS]
 # file names of the teachers' checkpoints: the original project's, which its users know
 TEACHER_NAMES = {"deeplab": "deep_lab", "segformer-b3": "best_model"}
 
@@ -74,6 +76,31 @@ class DeepLabV3Plus(nn.Module):
         low = self.low_level(stages[0])
         deep = F.interpolate(self.aspp(x), low.shape[2:], mode="bilinear", align_corners=False)
         z = self.classifier(self.decoder(torch.cat([low, deep], 1)))
+        return (z, stages) if features else z
+
+
+class LRASPP(nn.Module):
+    """LR-ASPP (Howard et al. 2019) on MobileNetV3-Large, torchvision's with its keys, for small computers.
+
+    It computes logits at stride 8; they are upsampled once, because the losses expect stride 4."""
+
+    encoder = "backbone."
+    memory_format = torch.channels_last
+
+    def __init__(self, classes):
+        super().__init__()
+        net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
+        self.backbone, self.classifier = net.backbone, net.classifier
+        # "low" and "high", at strides 8 and 16, are for the head; 3, 6 and 12 are the last layers at stride
+        # 4, at 8, and at 16 before the dilated ones
+        self.backbone.return_layers = {"3": "3", "4": "low", "6": "6", "12": "12", "16": "high"}
+
+    def forward(self, x, features=False):
+        """(B, 3, H, W) -> (B, C, h, w) logits; with `features` also four stages at strides 4, 8, 16, 16."""
+        maps = self.backbone(x)
+        stages = [maps[name] for name in ("3", "6", "12", "high")]       # 24, 40, 112, 960 channels
+        z = self.classifier(maps)                                        # (B, C, H/8, W/8)
+        z = F.interpolate(z, stages[0].shape[2:], mode="bilinear", align_corners=False)
         return (z, stages) if features else z
 
 
@@ -128,6 +155,8 @@ def build(arch, classes, init="random", partial=False):
     partial: --init-partial."""
     if arch == "deeplab":
         model = DeepLabV3Plus(len(classes))
+    elif arch == "lraspp":
+        model = LRASPP(len(classes))
     elif arch in SEGFORMERS:
         depths, widths, head_width = SEGFORMERS[arch]
         names = dict(enumerate(class_names(classes)))
@@ -426,39 +455,44 @@ def download_error(where):
     except (OSError, ValueError) as error:                    # ValueError: no valid name
         advice = "name a file or folder that is here"
         if where.startswith("--init"):
-            advice = ("use --init PATH (a ResNet50 state dict, a SegFormer's folder, or a checkpoint) or "
-                      "--init random")
+            advice = ("use --init PATH (a ResNet50 or MobileNetV3-Large state dict, a SegFormer's folder, "
+                      "or a checkpoint) or --init random")
         raise InputError(f"{where}: is not here and cannot be downloaded ({brief(error)}); {advice}"
                          ) from None
 
 
 def load_imagenet(model, arch, classes):
     """--init imagenet: an encoder trained on ImageNet, downloaded."""
-    if arch == "deeplab":
+    torchvisions = {"deeplab": torchvision.models.ResNet50_Weights,
+                    "lraspp": torchvision.models.MobileNet_V3_Large_Weights}
+    if arch in torchvisions:
         with download_error("--init imagenet"):
-            weights = torchvision.models.ResNet50_Weights.DEFAULT
-            state = weights.get_state_dict(progress=True, check_hash=True)
+            state = torchvisions[arch].DEFAULT.get_state_dict(progress=True, check_hash=True)
         load_backbone(model, state, "--init imagenet")
     elif arch in SEGFORMERS:
         load_init(model, arch, classes, f"nvidia/mit-{arch[-2:]}", "--init imagenet:")
 
 
 def load_backbone(model, state, where, partial=False):
-    """A ResNet50 state dict into DeepLab's backbone; every weight but the classifier's must arrive, with
-    `partial` those of the parts (conv1, bn1, layer1 to layer4) that the state dict has."""
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    """A ResNet50 state dict into DeepLab's backbone, or a MobileNetV3-Large's into LR-ASPP's; every weight
+    but the classifier's must arrive, with `partial` those of the parts (conv1, bn1, layer1 to layer4) that
+    the state dict has."""
+    what = "a MobileNetV3-Large" if isinstance(model, LRASPP) else "a ResNet50"
+    state = {key.removeprefix("features."): value for key, value in state.items()
+             if not key.startswith(("fc.", "classifier."))}
     if partial:
         arriving, own = {key.split(".")[0] for key in state}, model.backbone.state_dict()
         rest = {key: value for key, value in own.items() if key.split(".")[0] not in arriving}
         if rest:
             print(f"{where}: starts at random: {', '.join(dict.fromkeys(key.split('.')[0] for key in rest))}")
         state.update(rest)
-    load_weights(model.backbone, state, where, "a ResNet50")
+    load_weights(model.backbone, state, where, what)
 
 
 def load_init(model, arch, classes, init, flag="--init", partial=False):
-    """--init: a ResNet50 state dict for deeplab; a checkpoint, or a folder or hub name of a SegFormer, of the
-    same architecture, without the classifier where the classes are others; or an encoder alone (mit-bN)."""
+    """--init: a ResNet50 state dict for deeplab, a MobileNetV3-Large's for lraspp; a checkpoint, or a folder
+    or hub name of a SegFormer, of the same architecture, without the classifier where the classes are others;
+    or an encoder alone (mit-bN)."""
     where = f"{flag} {init}"
     state, meta = read_checkpoint(init, flag)
     if arch == "deeplab" and "layer1.0.conv1.weight" in state:
@@ -466,6 +500,9 @@ def load_init(model, arch, classes, init, flag="--init", partial=False):
         return
     if partial:
         raise InputError(f"--init-partial: {init} is no ResNet50 state dict for --arch deeplab; leave it out")
+    if arch == "lraspp" and "features.0.0.weight" in state:
+        load_backbone(model, state, where)
+        return
     own, names, found = model.state_dict(), meta.get("names"), guess_arch(state)
     state = translate(state, model)
     if names is not None and not any(key.startswith("decode_head.") for key in state):
@@ -510,7 +547,9 @@ def translate(state, model):
 
 
 def is_classifier(key):
-    return key.removeprefix("decode_head.").startswith("classifier.")
+    """Whether a key is of the last layer, whose outputs are the classes; LR-ASPP has two such layers."""
+    layer = key.removeprefix("decode_head.").removesuffix(".weight").removesuffix(".bias")
+    return layer in ("classifier", "classifier.low_classifier", "classifier.high_classifier")
 
 
 def count_classes(state):
@@ -522,6 +561,8 @@ def guess_arch(state):
     keys = {old_key(key): value for key, value in state.items()}
     if "backbone.layer1.0.conv1.weight" in keys and "aspp.project.0.weight" in keys:
         return "deeplab"
+    if "backbone.16.0.weight" in keys and "classifier.low_classifier.weight" in keys:
+        return "lraspp"
     blocks = []
     for stage in range(4):
         prefix = f"segformer.encoder.block.{stage}."
@@ -586,7 +627,7 @@ parse_tta.__name__ = "list like flip,0.75,1.25"               # argparse names i
 def add_model_flags(parser, arch=None):
     """Flags of everything that runs a network. arch: the default; None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    which = "deeplab, segformer-b0 to -b5, or segformer, which is b3"
+    which = "deeplab, lraspp, segformer-b0 to -b5, or segformer, which is b3"
     group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name),
                        choices=ARCHS, default=arch, metavar="ARCH",
                        help=which if arch else f"{which}; only needed for bare state dicts")

@@ -834,7 +834,7 @@ def test_ramp_and_learning_rate():
 
 
 # ------------------------------------------------------------ networks and checkpoints
-@pytest.mark.parametrize("arch, millions", [("deeplab", 40.35), ("segformer-b0", 3.72),
+@pytest.mark.parametrize("arch, millions", [("deeplab", 40.35), ("lraspp", 3.22), ("segformer-b0", 3.72),
                                             ("segformer-b1", 13.68), ("segformer-b3", 47.23)])
 def test_sizes_and_strides(arch, millions):
     model = models.build(arch, data.DESERT).eval()
@@ -861,7 +861,51 @@ def test_rewritten_head_equals_transformers(arch):
         assert torch.allclose(p.grad, q.grad, atol=1e-3 * (1 + q.grad.abs().max())), name
 
 
-@pytest.mark.parametrize("arch", ["segformer-b0", "deeplab"])
+def stock_lraspp(classes):
+    """torchvision's own class, with random weights and norms."""
+    stock = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=classes)
+    randomize_norms(stock)
+    return stock.eval()
+
+
+def doubling(n):
+    """(2n, n): what linear interpolation to twice as many cells multiplies by, align_corners=False."""
+    places = ((torch.arange(2 * n) + 0.5) / 2 - 0.5).clamp(0, n - 1)
+    return (1 - (places[:, None] - torch.arange(n)).abs()).clamp(min=0)
+
+
+def test_lraspp_equals_torchvisions():
+    """Logits at stride 8 doubled, stages, and the gradient of every parameter, with the same weights."""
+    torch.manual_seed(0)
+    stock, ours = stock_lraspp(10), models.build("lraspp", data.DESERT).eval()
+    ours.load_state_dict(stock.state_dict())                  # the very same keys
+    x, layers = torch.randn(2, 3, 96, 64), list(stock.backbone.values())
+    z, stages = ours(x, features=True)
+    at_8 = stock.classifier(stock.backbone(x))
+    assert at_8.shape == (2, 10, 12, 8) and torch.equal(
+        stock(x)["out"], F.interpolate(at_8, (96, 64), mode="bilinear", align_corners=False))
+    expected = doubling(12) @ at_8 @ doubling(8).T
+    assert torch.allclose(z, expected, atol=1e-5 * at_8.abs().max().item())
+    assert [s.shape[1:] for s in stages] == [(24, 24, 16), (40, 12, 8), (112, 6, 4), (960, 6, 4)]
+    for stage, count in zip(stages, (4, 7, 13, 17), strict=True):
+        assert torch.allclose(stage, nn.Sequential(*layers[:count])(x), atol=1e-5)
+    assert len(layers) == 17
+    for logits in (z, expected):
+        (logits * torch.linspace(-1, 1, z.numel()).view(z.shape)).sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-3 * (1 + q.grad.abs().max())), name
+
+
+def test_lraspp_has_the_gmacs_that_torchvision_publishes():
+    weights = torchvision.models.segmentation.LRASPP_MobileNet_V3_Large_Weights.DEFAULT
+    model = models.build("lraspp", [{}] * 21).eval()
+    assert sum(p.numel() for p in model.parameters()) == weights.meta["num_params"]
+    assert evaluate.count_gmacs(model, 520) == pytest.approx(weights.meta["_ops"], abs=0.001)
+    assert evaluate.count_gmacs(models.build("lraspp", data.DESERT).eval()) == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("arch", ["segformer-b0", "deeplab", "lraspp"])
 def test_network_optimized_for_inference_gives_the_same_logits(arch):
     torch.manual_seed(0)
     model = models.build(arch, data.DESERT).eval()
@@ -873,6 +917,8 @@ def test_network_optimized_for_inference_gives_the_same_logits(arch):
         assert torch.allclose(fast(x), expected, atol=1e-3 * expected.abs().max())
         assert torch.equal(model(x), expected)                # the copy left the original alone
     assert not any(p.requires_grad for p in fast.parameters())
+    folded = not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert folded == (arch != "segformer-b0")                 # whose head merges it, see merge_head()
 
 
 def test_attention_runs_through_sdpa_where_offered():
@@ -975,6 +1021,48 @@ def test_resnet50_state_dict_arrives_whole(tmp_path):
     assert states_equal(model.backbone.state_dict(), theirs)
 
 
+def test_mobilenet_state_dict_arrives_whole(tmp_path, monkeypatch, fails, scenes):
+    """Of a file, and of the download that --init imagenet makes."""
+    source = torchvision.models.mobilenet_v3_large()
+    randomize_norms(source)
+    torch.save(source.state_dict(), tmp_path / "large.pth")
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "small.pth")
+
+    def download(weights, **how):
+        assert weights is torchvision.models.MobileNet_V3_Large_Weights.DEFAULT
+        return source.state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", download)
+    for init in ("imagenet", str(tmp_path / "large.pth")):
+        model = models.build("lraspp", data.DESERT, init)
+        assert states_equal(model.backbone.state_dict(), source.features.state_dict())
+    common = {**TINY, "arch": "lraspp", "data": scenes, "out": tmp_path / "o"}
+    argv = flags(**{**common, "init": tmp_path / "small.pth"})
+    fails(train_teacher.main, argv, "small.pth", "not those of a MobileNetV3-Large")
+    argv = flags(**{**common, "init": tmp_path / "large.pth", "init_partial": True})
+    fails(train_teacher.main, argv, "--init-partial", "large.pth is no ResNet50")
+
+
+def test_lraspp_of_other_classes_as_init_leaves_out_both_classifiers(tmp_path, capsys):
+    """A bare state dict of torchvision's, with its 21 classes."""
+    source, path = stock_lraspp(21), tmp_path / "coco.pth"
+    theirs = source.state_dict()
+    torch.save(theirs, path)
+    assert (models.guess_arch(theirs), models.count_classes(theirs)) == ("lraspp", 21)
+    own = models.build("lraspp", data.DESERT, str(path)).state_dict()
+    assert "has 21 classes, not 10; its classifier is left out" in capsys.readouterr().out
+    left_out = {key for key in theirs if not torch.equal(own[key], theirs[key])}
+    both = {f"classifier.{layer}_classifier.{kind}" for layer in ("low", "high")
+            for kind in ("weight", "bias")}
+    assert left_out == both and all(len(own[key]) == 10 for key in both)
+    with pytest.raises(data.InputError, match="has 21 classes, the class table 10"):
+        models.load_model(path, "lraspp", data.DESERT)
+    with pytest.raises(data.InputError, match="holds lraspp, not deeplab"):
+        models.load_model(path, "deeplab", data.DESERT)
+    torch.save(stock_lraspp(10).state_dict(), path)
+    own = models.build("lraspp", data.DESERT, str(path)).state_dict()
+    assert states_equal(own, torch.load(path, weights_only=True)) and not capsys.readouterr().out
+
+
 def test_resnet50_without_whole_layers_is_refused_or_completed_at_random(tmp_path, scenes, fails, capsys):
     """What is there arrives, the rest keeps the bits that it has without --init."""
     torch.manual_seed(1)
@@ -1028,7 +1116,7 @@ def test_failed_download_is_said_in_one_line(monkeypatch, tmp_path, fails, scene
         raise OSError("no route to host")
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", no_route)
     monkeypatch.setattr(models, "snapshot_download", no_route)
-    for arch in ("deeplab", "segformer"):
+    for arch in ("deeplab", "lraspp", "segformer"):
         argv = flags(arch=arch, data=scenes, out=tmp_path)
         fails(train_teacher.main, argv, "--init imagenet", "no route to host", "--init PATH", "--init random")
     name, common = "nvidia/segformer-b3-finetuned-ade-512-512", {"data": scenes, "out": tmp_path}
@@ -1685,16 +1773,20 @@ SIGNALS = [({"feature": 1, "kl": 0}, {"feature"}), ({"attention": 1}, {"soft", "
            ({"cwd": 3}, {"soft", "cwd"}), ({"average": "probs"}, {"soft"}),
            ({"teacher_weights": "auto"}, {"soft"}), ({"teacher_weights": "3:1"}, {"soft"}),
            ({"rare_class_sampling": True}, {"soft"}),
-           ({"class_weights": "sqrt"}, {"soft"}), ({"alpha": "0:0", "feature": 0.5}, {"soft", "feature"})]
+           ({"class_weights": "sqrt"}, {"soft"}), ({"alpha": "0:0", "feature": 0.5}, {"soft", "feature"}),
+           ({"arch": "lraspp", "cwd": 3, "feature": 1, "attention": 1},
+            {"soft", "cwd", "feature", "attention"}),
+           ({"arch": "lraspp", "cache_teachers": True, "cwd": 3}, {"soft", "cwd"})]
 
 
 @pytest.mark.parametrize("extra, parts", SIGNALS, ids=lambda value: " ".join(map(str, value)))
 def test_every_signal_trains(extra, parts, trained, scenes, tmp_path):
-    argv = flags(data=scenes, out=tmp_path, **B0, steps=3, teachers=trained[1], **extra)
+    common = {**B0, **extra}
+    argv = flags(**common, data=scenes, out=tmp_path, steps=3, teachers=trained[1])
     student, history = distill.main(argv)
     found = {key for key in ("soft", "cwd", "feature", "attention") if key in history[-1]}
     assert found == parts and all(history[-1][key] > 0 for key in parts)
-    saved = weights_of(tmp_path / "student_segformer-b0.pth")
+    saved = weights_of(tmp_path / f"student_{common['arch']}.pth")
     assert saved.keys() == spelt_old(student.state_dict()).keys()                    # no adapters among them
 
 
@@ -1966,6 +2058,23 @@ def at_step(monkeypatch, step, action):
             action()
         return once(*args)
     monkeypatch.setattr(train_teacher, "normalize_weights", normalize_weights)
+
+
+def test_lraspp_trains_alone_resumes_and_is_scored(scenes, tmp_path, monkeypatch):
+    """With a batch of one: nothing in it normalizes over the batch after global pooling."""
+    def argv(out):
+        return flags(**{**TINY, "arch": "lraspp", "data": scenes, "out": tmp_path / out, "batch_size": 1},
+                     steps=3)
+    whole, history = train_teacher.main(argv("whole"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train_teacher.Stopped):
+            train_teacher.main(argv("stopped"))
+    resumed, _ = train_teacher.main(argv("stopped"))
+    assert states_equal(resumed.state_dict(), whole.state_dict())
+    best = tmp_path / "whole" / "lraspp.pth"
+    row, = evaluate.main(flags(best, data=scenes, out=tmp_path, **PLAIN))
+    assert row["name"] == "lraspp" and row["miou"] == pytest.approx(history[-1]["val_miou"], abs=1e-9)
 
 
 def test_killed_before_the_first_save_the_run_resumes(scenes, tmp_path, monkeypatch):
@@ -2802,7 +2911,7 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "epochs": (teacher(epochs="1.5"), ["--epochs", "whole number"]),
     "seed": (teacher(seed="-3"), ["--seed"]),
     "abbreviated": (teacher(batch=4), ["--batch"]),
-    "unknown architecture": (teacher(arch="unet"), ["--arch", "unet", "deeplab"]),
+    "unknown architecture": (teacher(arch="unet"), ["--arch", "unet", "deeplab", "lraspp"]),
     "device": (teacher(device="tpu"), ["--device tpu", "not available"]),
     "no such data": (teacher(data="nowhere"), ["--data nowhere"]),
     "no such init": (teacher(init="nowhere.pth"), ["--init nowhere.pth", "no such file"]),
@@ -3208,6 +3317,28 @@ def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
     assert said.splitlines()[-1].startswith(f"{target}: ") and "fp32.onnx" not in said
+
+
+@pytest.mark.slow
+def test_onnx_and_int8_of_lraspp(scenes, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model, checkpoint = models.build("lraspp", data.DESERT).eval(), tmp_path / "lraspp.pth"
+    model.load_state_dict(stock_lraspp(10).state_dict())
+    image = data.eval_image(distill.draw_scene(1, 160, 96)[0], 96)                   # (1, 3, 96, 160)
+    with torch.no_grad():                                     # else every pixel has one label
+        z = model(data.normalize(image))
+        model.classifier.high_classifier.bias -= z.mean((0, 2, 3))
+    models.save_model(checkpoint, model, "lraspp", data.DESERT, size=64)
+    infer.main(flags(export=tmp_path / "a.onnx", shape="dynamic", checkpoint=checkpoint))
+    labels = infer.onnx_labels(infer.onnx_session((tmp_path / "a.onnx").read_bytes()), image)
+    ours = models.predict(models.load_model(checkpoint)[0], image, (96, 160))
+    assert (labels == ours).float().mean() > 0.999 and len(ours.unique()) > 3
+    infer.main(flags(export=tmp_path / "a.int8.onnx", shape="96x160", checkpoint=checkpoint, data=scenes,
+                     calibrate=scenes / "train" / "Color_Images"))
+    assert "onnx int8" in capsys.readouterr().out
+    assert (tmp_path / "a.int8.onnx").stat().st_size < 0.4 * checkpoint.stat().st_size
 
 
 # ------------------------------------------------------------ timing

@@ -704,8 +704,8 @@ def main(argv=()):
     parser = data.Parser(__doc__, "python train_teacher.py --arch deeplab --batch-size 4 --accumulate 2")
     group = add_model_flags(parser, "deeplab")
     group.add_argument("--init", default="imagenet", metavar="imagenet|random|PATH",
-                       help="first weights; PATH: a ResNet50 state dict, a checkpoint, or a SegFormer's "
-                       "folder or name on the Hugging Face hub")
+                       help="first weights; PATH: a ResNet50 or MobileNetV3-Large state dict, a "
+                       "checkpoint, or a SegFormer's folder or name on the Hugging Face hub")
     add_train_flags(parser)
     args = parser.parse_args(argv)
     with join_processes(args.device) as world:
