@@ -22,6 +22,7 @@ import glob
 import importlib
 import io
 import itertools
+import json
 import math
 import sys
 import tempfile
@@ -194,6 +195,28 @@ def output_stems(inputs, out, endings):
     return stems
 
 
+# ------------------------------------------------------------ what an export says of itself
+NVIDIA_LICENCE = "https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
+
+
+def may_be_nvidias(meta):
+    """Whether a network began with the weights of nvidia/mit-bN; also where nothing says it did not."""
+    args = meta.get("args")
+    init = args.get("init") if isinstance(args, dict) else None
+    return meta["arch"] != "deeplab" and init != "random"
+
+
+def onnx_facts(meta, size):
+    """{key: text} for the metadata_props of an ONNX file. size: "HxW" or "dynamic"."""
+    licence = "no licence of others is known"
+    if may_be_nvidias(meta):
+        licence = ("began, or may have begun, with weights of nvidia/mit-bN, whose licence is "
+                   f"non-commercial: {NVIDIA_LICENCE}")
+    return {"classes": json.dumps(meta["classes"]), "mean": json.dumps(data.MEAN),
+            "std": json.dumps(data.STD), "size": size, "input": "uint8 RGB, (B, 3, H, W), 0 to 255",
+            "arch": meta["arch"], "licence": licence}
+
+
 # ------------------------------------------------------------ export to Hugging Face
 def export_folder(model, meta, folder, height, width):
     """config.json with label names, weights in safetensors, preprocessor_config.json for height x width."""
@@ -233,7 +256,7 @@ class OnnxForm(nn.Module):
         return upsampled_labels(self.model(data.normalize(image)), image.shape[2:])
 
 
-def export_onnx(model, path, shape, dynamic=False):
+def export_onnx(model, path, shape, meta, dynamic=False):
     """Writes `path` if it gives torch's labels. shape: (H, W); dynamic: sides chosen at run time."""
     import_optional("onnx", "onnxscript", "onnxruntime")
     form, image = OnnxForm(model).eval(), torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
@@ -242,6 +265,8 @@ def export_onnx(model, path, shape, dynamic=False):
     with contextlib.redirect_stdout(io.StringIO()):           # the exporter tells its steps
         program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"],
                                     output_names=["labels"], optimize=True, verbose=False)
+        size = "dynamic" if dynamic else f"{shape[0]}x{shape[1]}"
+        program.model.metadata_props.update(onnx_facts(meta, size))
         program.save(buffer)
     session = onnx_session(buffer.getvalue())
     for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
@@ -267,7 +292,7 @@ def export_int8(args, model, meta, target, shape):
     rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint[0]).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        export_onnx(model, plain, shape)
+        export_onnx(model, plain, shape, meta)
         quantize(plain, small, images)
         data.write_atomic(target, small.read_bytes())
         for name, path in (("onnx fp32", plain), ("onnx int8", small)):
@@ -384,7 +409,7 @@ def export(args, model, meta):
     if int8:
         export_int8(args, model, meta, target, (height, width))
     else:
-        export_onnx(model, target, (height, width), dynamic)
+        export_onnx(model, target, (height, width), meta, dynamic)
     sides = "H, W), H and W multiples of 32" if dynamic else f"{height}, {width})"
     print(f"{target}: takes uint8 images of (1, 3, {sides}")
 

@@ -3193,6 +3193,37 @@ def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
     assert said.splitlines()[-1].startswith(f"{target}: ") and "fp32.onnx" not in said
+    facts = infer.onnx_session(target.read_bytes()).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == data.DESERT and facts["size"] == "96x160"
+
+
+def export_b0(trained, tmp_path, **how):
+    """(session, {key: text} of its metadata) of SegFormer-B0's ONNX file, as onnxruntime reads it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    infer.main(flags(export=tmp_path / "b0.onnx", checkpoint=trained[1][1], **how))
+    session = onnxruntime.InferenceSession(str(tmp_path / "b0.onnx"), providers=["CPUExecutionProvider"])
+    return session, session.get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.parametrize("arch, args, theirs", [
+    ("segformer-b1", {"init": "imagenet"}, True), ("segformer-b3", {"init": "nvidia/mit-b3"}, True),
+    ("segformer-b1", None, True), ("segformer-b1", "damaged", True),
+    ("segformer-b1", {"init": "a.pth"}, True), ("segformer-b1", {"init": "random"}, False),
+    ("deeplab", {"init": "imagenet"}, False)])
+def test_nvidias_licence_is_named_unless_none_of_its_weights_can_be_in(arch, args, theirs):
+    facts = infer.onnx_facts({"arch": arch, "classes": data.DESERT, "args": args}, "64x96")
+    assert ("non-commercial" in facts["licence"]) == theirs
+
+
+@pytest.mark.slow
+def test_an_onnx_file_says_what_it_is(trained, tmp_path):
+    _, facts = export_b0(trained, tmp_path, shape="64x96")
+    assert json.loads(facts["classes"]) == data.DESERT
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(facts["std"]) == [0.229, 0.224, 0.225]
+    assert facts["size"] == "64x96" and facts["arch"] == "segformer-b0" and "uint8" in facts["input"]
+    assert "non-commercial" not in facts["licence"]           # it began at random
 
 
 # ------------------------------------------------------------ timing
