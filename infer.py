@@ -246,25 +246,29 @@ def export_folder(model, meta, folder, height, width):
 
 # ------------------------------------------------------------ export to ONNX
 class OnnxForm(nn.Module):
-    """A network with preprocessing and argmax: uint8 (B, 3, H, W) RGB -> uint8 (B, H, W) indices."""
+    """A network with preprocessing: uint8 (B, 3, H, W) RGB -> a tuple of what --outputs names, each uint8
+    (B, H, W): class indices, confidence()."""
 
-    def __init__(self, model):
+    def __init__(self, model, outputs="labels"):
         super().__init__()
-        self.model = model
+        self.model, self.outputs = model, outputs.split(",")
 
     def forward(self, image):
-        return upsampled_labels(self.model(data.normalize(image)), image.shape[2:])
+        z, size = self.model(data.normalize(image)), image.shape[2:]
+        known = {"labels": upsampled_labels, "confidence": confidence}
+        return tuple(known[name](z, size) for name in self.outputs)
 
 
-def export_onnx(model, path, shape, meta, dynamic=False):
-    """Writes `path` if it gives torch's labels. shape: (H, W); dynamic: sides chosen at run time."""
+def export_onnx(model, path, shape, meta, args):
+    """Writes `path` if it gives what torch gives. shape: (H, W); args: the command's flags."""
     import_optional("onnx", "onnxscript", "onnxruntime")
-    form, image = OnnxForm(model).eval(), torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
+    form, dynamic = OnnxForm(model, args.outputs).eval(), args.shape == "dynamic"
+    image = torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
     sides = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}} if dynamic else None
     buffer = io.BytesIO()
     with contextlib.redirect_stdout(io.StringIO()):           # the exporter tells its steps
         program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"],
-                                    output_names=["labels"], optimize=True, verbose=False)
+                                    output_names=form.outputs, optimize=True, verbose=False)
         size = "dynamic" if dynamic else f"{shape[0]}x{shape[1]}"
         program.model.metadata_props.update(onnx_facts(meta, size))
         program.save(buffer)
@@ -272,11 +276,15 @@ def export_onnx(model, path, shape, meta, dynamic=False):
     for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
         # a noisy ramp: on plain noise a network says one class everywhere
         image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
-        same = (onnx_labels(session, image) == form(image)).float().mean().item()
-        print(f"onnx fp32 at {h}x{w}: {100 * same:.3f} % of the labels equal torch's")
-        if same < 0.999:
-            raise RunError(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels and was "
-                           "not written; try another torch or onnxruntime")
+        for name, ours in zip(form.outputs, form(image), strict=True):
+            # a probability halfway between two steps may be rounded to either
+            steps, verb = (1, "within 1 of") if name == "confidence" else (0, "equal")
+            apart = (onnx_output(session, image, name).int() - ours.int()).abs() > steps
+            same = 1 - apart.float().mean().item()
+            print(f"onnx fp32 at {h}x{w}: {100 * same:.3f} % of the {name} {verb} torch's")
+            if same < 0.999:
+                raise RunError(f"{path}: its {name} differs from torch on {100 * (1 - same):.2f} % of the "
+                               "pixels and was not written; try another torch or onnxruntime")
     data.write_atomic(path, buffer.getvalue())
 
 
@@ -289,15 +297,16 @@ def export_int8(args, model, meta, target, shape):
     images = []
     for path in files[::max(1, len(files) // 64)][:64]:
         images.append(data.resized_image(data.read_image(path), shape[1], shape[0]).numpy())
-    rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint[0]).stat().st_size)]
+    form = OnnxForm(model).eval()
+    rows = [("torch fp32", lambda image: form(image)[0], weights_file(args.checkpoint[0]).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        export_onnx(model, plain, shape, meta)
+        export_onnx(model, plain, shape, meta, args)
         quantize(plain, small, images)
         data.write_atomic(target, small.read_bytes())
         for name, path in (("onnx fp32", plain), ("onnx int8", small)):
             session = onnx_session(path.read_bytes())
-            rows.append((name, functools.partial(onnx_labels, session), path.stat().st_size))
+            rows.append((name, functools.partial(onnx_output, session), path.stat().st_size))
     compare(split, rows, shape)
 
 
@@ -358,8 +367,8 @@ def onnx_session(content):
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_labels(session, image):
-    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+def onnx_output(session, image, name="labels"):
+    return torch.from_numpy(session.run([name], {"image": image.numpy()})[0])
 
 
 # ------------------------------------------------------------ checks, flags, the command
@@ -409,7 +418,7 @@ def export(args, model, meta):
     if int8:
         export_int8(args, model, meta, target, (height, width))
     else:
-        export_onnx(model, target, (height, width), meta, dynamic)
+        export_onnx(model, target, (height, width), meta, args)
     sides = "H, W), H and W multiples of 32" if dynamic else f"{height}, {width})"
     print(f"{target}: takes uint8 images of (1, 3, {sides}")
 
@@ -450,6 +459,8 @@ def make_parser():
                        help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     group.add_argument("--shape", metavar="HxW|dynamic",
                        help="sides of the exported input; without it those of a whole image in training")
+    group.add_argument("--outputs", choices=["labels", "labels,confidence"], default="labels",
+                       help="of an ONNX file; confidence: 255 times the probability of the label, rounded")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
     return parser
 
@@ -463,6 +474,9 @@ def main(argv=()):
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
+    for flag, given in (("outputs", args.outputs != "labels"),):
+        if given and not (args.export or "").endswith(".onnx"):
+            raise InputError(f"--{flag} {getattr(args, flag)}: is for ONNX files; name --export FILE.onnx")
     if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):
         raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
                          "images, --export, --raw and --confidence")

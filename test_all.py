@@ -2820,6 +2820,11 @@ BAD_FLAGS = {                                    # words in capitals stand for p
                                 ["--shape 64x96", "--export"]),
     "dynamic folder": (labels(export="hf", shape="dynamic", checkpoint="STUDENT"),
                        ["--shape dynamic", ".onnx"]),
+    "outputs of a folder": (labels(export="hf", outputs="labels,confidence", checkpoint="STUDENT"),
+                            ["--outputs labels,confidence", "--export FILE.onnx"]),
+    "outputs of labels": (labels("FOLDER", outputs="labels,confidence", checkpoint="STUDENT"),
+                          ["--outputs labels,confidence", "--export FILE.onnx"]),
+    "outputs nonsense": (labels(export="a.onnx", outputs="logits"), ["--outputs", "logits"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
     "int8 with no such split": (labels(**INT8, calibrate="SCENES", split="zz"), ["zz"]),
@@ -3171,13 +3176,17 @@ def test_onnx_gives_torchs_labels(shape, trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_onnx_file_that_differs_from_torch_replaces_no_good_one(trained, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("wrong", ["labels", "confidence"])
+def test_an_onnx_file_unlike_torch_replaces_no_good_one(wrong, trained, tmp_path, monkeypatch, fails):
     pytest.importorskip("onnxscript")
-    target, once = tmp_path / "a.onnx", infer.onnx_labels
+    target, once = tmp_path / "a.onnx", infer.onnx_output
     target.write_bytes(b"good")
-    monkeypatch.setattr(infer, "onnx_labels", lambda *args: 9 - once(*args))
-    argv = flags(export=target, shape="64x96", checkpoint=trained[1][1])
-    fails(infer.main, argv, "a.onnx", "differs from torch", status=1)
+
+    def output(session, image, name):
+        return once(session, image, name) + 3 * (name == wrong)
+    monkeypatch.setattr(infer, "onnx_output", output)
+    argv = flags(export=target, shape="64x96", checkpoint=trained[1][1], outputs="labels,confidence")
+    fails(infer.main, argv, "a.onnx", f"its {wrong} differs from torch", status=1)
     assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
 
 
@@ -3224,6 +3233,28 @@ def test_an_onnx_file_says_what_it_is(trained, tmp_path):
     assert json.loads(facts["std"]) == [0.229, 0.224, 0.225]
     assert facts["size"] == "64x96" and facts["arch"] == "segformer-b0" and "uint8" in facts["input"]
     assert "non-commercial" not in facts["licence"]           # it began at random
+
+
+def probabilities(checkpoint, x):
+    """Normalized (B, 3, H, W) -> (B, C, H, W) float64 probabilities by transformers' own SegFormer."""
+    model = models.load_model(checkpoint)[0]
+    stock = transformers.SegformerForSemanticSegmentation(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        z = stock(x).logits.double()
+    return F.interpolate(z, x.shape[2:], mode="bilinear", align_corners=False).softmax(1).numpy()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_also_gives_the_labels_probabilities(trained, tmp_path):
+    session, _ = export_b0(trained, tmp_path, shape="64x96", outputs="labels,confidence")
+    image = np.asarray(distill.draw_scene(1)[0].resize((96, 64))).transpose(2, 0, 1)[None]
+    pred, sure = session.run(["labels", "confidence"], {"image": image})
+    probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(image)))
+    assert sure.dtype == np.uint8 and sure.shape == pred.shape == (1, 64, 96)
+    assert (probs.argmax(1) == pred).mean() > 0.999
+    assert np.abs(255 * probs.max(1) - sure).max() < 0.6      # rounded, and fp32 beside fp64
+    assert len(np.unique(sure)) > 5
 
 
 # ------------------------------------------------------------ timing
