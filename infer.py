@@ -206,15 +206,17 @@ def may_be_nvidias(meta):
     return meta["arch"] != "deeplab" and init != "random"
 
 
-def onnx_facts(meta, size):
-    """{key: text} for the metadata_props of an ONNX file. size: "HxW" or "dynamic"."""
+def onnx_facts(meta, size, kind):
+    """{key: text} for the metadata_props of an ONNX file. size: "HxW" or "dynamic"; kind: see --input."""
+    form = {"uint8": "uint8 RGB, (B, 3, H, W), 0 to 255",
+            "float": "float32 RGB, (B, 3, H, W), (value / 255 - mean) / std"}
     licence = "no licence of others is known"
     if may_be_nvidias(meta):
         licence = ("began, or may have begun, with weights of nvidia/mit-bN, whose licence is "
                    f"non-commercial: {NVIDIA_LICENCE}")
     return {"classes": json.dumps(meta["classes"]), "mean": json.dumps(data.MEAN),
-            "std": json.dumps(data.STD), "size": size, "input": "uint8 RGB, (B, 3, H, W), 0 to 255",
-            "arch": meta["arch"], "licence": licence}
+            "std": json.dumps(data.STD), "size": size, "input": form[kind], "arch": meta["arch"],
+            "licence": licence}
 
 
 # ------------------------------------------------------------ export to Hugging Face
@@ -246,36 +248,39 @@ def export_folder(model, meta, folder, height, width):
 
 # ------------------------------------------------------------ export to ONNX
 class OnnxForm(nn.Module):
-    """A network with preprocessing: uint8 (B, 3, H, W) RGB -> a tuple of what --outputs names, each uint8
-    (B, H, W): class indices, confidence()."""
+    """A network as a file holds it: uint8 RGB or normalized float32, (B, 3, H, W) -> a tuple of what
+    --outputs names, each uint8 (B, H, W): class indices, confidence()."""
 
     def __init__(self, model, outputs="labels"):
         super().__init__()
         self.model, self.outputs = model, outputs.split(",")
 
     def forward(self, image):
-        z, size = self.model(data.normalize(image)), image.shape[2:]
+        # with float32, a file has no step that normalizes
+        z = self.model(data.normalize(image) if image.dtype == torch.uint8 else image)
         known = {"labels": upsampled_labels, "confidence": confidence}
-        return tuple(known[name](z, size) for name in self.outputs)
+        return tuple(known[name](z, image.shape[2:]) for name in self.outputs)
 
 
 def export_onnx(model, path, shape, meta, args):
     """Writes `path` if it gives what torch gives. shape: (H, W); args: the command's flags."""
     import_optional("onnx", "onnxscript", "onnxruntime")
     form, dynamic = OnnxForm(model, args.outputs).eval(), args.shape == "dynamic"
-    image = torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
+    image = torch.zeros(1, 3, *shape, dtype=torch.uint8 if args.input == "uint8" else torch.float32)
     sides = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}} if dynamic else None
     buffer = io.BytesIO()
     with contextlib.redirect_stdout(io.StringIO()):           # the exporter tells its steps
         program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"],
                                     output_names=form.outputs, optimize=True, verbose=False)
         size = "dynamic" if dynamic else f"{shape[0]}x{shape[1]}"
-        program.model.metadata_props.update(onnx_facts(meta, size))
+        program.model.metadata_props.update(onnx_facts(meta, size, args.input))
         program.save(buffer)
     session = onnx_session(buffer.getvalue())
     for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
         # a noisy ramp: on plain noise a network says one class everywhere
         image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
+        if args.input == "float":
+            image = data.normalize(image)
         for name, ours in zip(form.outputs, form(image), strict=True):
             # a probability halfway between two steps may be rounded to either
             steps, verb = (1, "within 1 of") if name == "confidence" else (0, "equal")
@@ -412,6 +417,8 @@ def export(args, model, meta):
         return
     if int8 and not args.calibrate:
         raise InputError(f"--export {target}: 8 bits need --calibrate DIR, images like those to come")
+    if int8 and args.input == "float":
+        raise InputError("--input float: 8 bits keep uint8 images; leave it out, or name --export FILE.onnx")
     if int8 and dynamic:
         raise InputError(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
     model = optimize_for_inference(model)
@@ -420,7 +427,7 @@ def export(args, model, meta):
     else:
         export_onnx(model, target, (height, width), meta, args)
     sides = "H, W), H and W multiples of 32" if dynamic else f"{height}, {width})"
-    print(f"{target}: takes uint8 images of (1, 3, {sides}")
+    print(f"{target}: takes {args.input} images of (1, 3, {sides}")
 
 
 def make_parser():
@@ -459,6 +466,8 @@ def make_parser():
                        help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     group.add_argument("--shape", metavar="HxW|dynamic",
                        help="sides of the exported input; without it those of a whole image in training")
+    group.add_argument("--input", choices=["uint8", "float"], default="uint8",
+                       help="of an ONNX file; float: normalized float32, for TensorRT's and Isaac's nodes")
     group.add_argument("--outputs", choices=["labels", "labels,confidence"], default="labels",
                        help="of an ONNX file; confidence: 255 times the probability of the label, rounded")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
@@ -474,7 +483,7 @@ def main(argv=()):
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
-    for flag, given in (("outputs", args.outputs != "labels"),):
+    for flag, given in (("outputs", args.outputs != "labels"), ("input", args.input != "uint8")):
         if given and not (args.export or "").endswith(".onnx"):
             raise InputError(f"--{flag} {getattr(args, flag)}: is for ONNX files; name --export FILE.onnx")
     if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):

@@ -2824,6 +2824,9 @@ BAD_FLAGS = {                                    # words in capitals stand for p
                             ["--outputs labels,confidence", "--export FILE.onnx"]),
     "outputs of labels": (labels("FOLDER", outputs="labels,confidence", checkpoint="STUDENT"),
                           ["--outputs labels,confidence", "--export FILE.onnx"]),
+    "input of a folder": (labels(export="hf", input="float", checkpoint="STUDENT"),
+                          ["--input float", "--export FILE.onnx"]),
+    "floats in 8 bits": (labels(**INT8, calibrate="SCENES", input="float"), ["--input float", "uint8"]),
     "outputs nonsense": (labels(export="a.onnx", outputs="logits"), ["--outputs", "logits"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
@@ -3221,7 +3224,7 @@ def export_b0(trained, tmp_path, **how):
     ("segformer-b1", {"init": "a.pth"}, True), ("segformer-b1", {"init": "random"}, False),
     ("deeplab", {"init": "imagenet"}, False)])
 def test_nvidias_licence_is_named_unless_none_of_its_weights_can_be_in(arch, args, theirs):
-    facts = infer.onnx_facts({"arch": arch, "classes": data.DESERT, "args": args}, "64x96")
+    facts = infer.onnx_facts({"arch": arch, "classes": data.DESERT, "args": args}, "64x96", "uint8")
     assert ("non-commercial" in facts["licence"]) == theirs
 
 
@@ -3255,6 +3258,19 @@ def test_an_onnx_file_also_gives_the_labels_probabilities(trained, tmp_path):
     assert (probs.argmax(1) == pred).mean() > 0.999
     assert np.abs(255 * probs.max(1) - sure).max() < 0.6      # rounded, and fp32 beside fp64
     assert len(np.unique(sure)) > 5
+
+
+@pytest.mark.slow
+def test_an_onnx_file_takes_floats_normalized_as_it_says(trained, tmp_path):
+    session, facts = export_b0(trained, tmp_path, shape="64x96", input="float")
+    taken, = session.get_inputs()
+    assert (taken.name, taken.type, taken.shape) == ("image", "tensor(float)", [1, 3, 64, 96])
+    image = np.asarray(distill.draw_scene(2)[0].resize((96, 64))) / 255
+    image = (image - json.loads(facts["mean"])) / json.loads(facts["std"])           # (H, W, 3)
+    image = image.transpose(2, 0, 1)[None].astype(np.float32)
+    pred = session.run(["labels"], {"image": image})[0]
+    assert (probabilities(trained[1][1], torch.from_numpy(image)).argmax(1) == pred).mean() > 0.999
+    assert "float32" in facts["input"] and pred.dtype == np.uint8
 
 
 # ------------------------------------------------------------ timing
