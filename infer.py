@@ -266,19 +266,30 @@ def export_onnx(model, path, shape, meta, args):
     """Writes `path` if it gives what torch gives. shape: (H, W); args: the command's flags."""
     import_optional("onnx", "onnxscript", "onnxruntime")
     form, dynamic = OnnxForm(model, args.outputs).eval(), args.shape == "dynamic"
-    image = torch.zeros(1, 3, *shape, dtype=torch.uint8 if args.input == "uint8" else torch.float32)
-    sides = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}} if dynamic else None
+    # a batch of 2: torch.export takes a dimension of 1 as fixed
+    image = torch.zeros(1 + dynamic, 3, *shape, dtype=torch.uint8 if args.input == "uint8" else torch.float32)
+    sides = {"image": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)} if dynamic else None
     buffer = io.BytesIO()
-    with contextlib.redirect_stdout(io.StringIO()):           # the exporter tells its steps
-        program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"],
-                                    output_names=form.outputs, optimize=True, verbose=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):       # the exporter tells its steps
+            program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, optimize=True,
+                                        input_names=["image"], output_names=form.outputs, verbose=False,
+                                        opset_version=args.opset)
         size = "dynamic" if dynamic else f"{shape[0]}x{shape[1]}"
         program.model.metadata_props.update(onnx_facts(meta, size, args.input))
         program.save(buffer)
-    session = onnx_session(buffer.getvalue())
-    for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
+        session, opset = onnx_session(buffer.getvalue()), program.model.opset_imports[""]
+    except Exception as error:                                # converters raise errors of any kind
+        if args.opset is None:
+            raise
+        raise InputError(f"--opset {args.opset}: cannot be written or read here ({data.brief(error)}); leave "
+                         "it out, or name another") from None
+    if args.opset not in (None, opset):                       # torch keeps its own where it cannot convert
+        raise InputError(f"--opset {args.opset}: torch could only write {opset}; leave it out, or name "
+                         f"{opset} or more")
+    for b, h, w in [(1, *shape), (2, 480, 640), (1, 320, 544)] if dynamic else [(1, *shape)]:
         # a noisy ramp: on plain noise a network says one class everywhere
-        image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
+        image = (torch.linspace(0, 255, w) + 40 * torch.randn(b, 3, h, w)).clamp(0, 255).to(torch.uint8)
         if args.input == "float":
             image = data.normalize(image)
         for name, ours in zip(form.outputs, form(image), strict=True):
@@ -286,7 +297,7 @@ def export_onnx(model, path, shape, meta, args):
             steps, verb = (1, "within 1 of") if name == "confidence" else (0, "equal")
             apart = (onnx_output(session, image, name).int() - ours.int()).abs() > steps
             same = 1 - apart.float().mean().item()
-            print(f"onnx fp32 at {h}x{w}: {100 * same:.3f} % of the {name} {verb} torch's")
+            print(f"onnx fp32 at {b}x3x{h}x{w}: {100 * same:.3f} % of the {name} {verb} torch's")
             if same < 0.999:
                 raise RunError(f"{path}: its {name} differs from torch on {100 * (1 - same):.2f} % of the "
                                "pixels and was not written; try another torch or onnxruntime")
@@ -426,8 +437,8 @@ def export(args, model, meta):
         export_int8(args, model, meta, target, (height, width))
     else:
         export_onnx(model, target, (height, width), meta, args)
-    sides = "H, W), H and W multiples of 32" if dynamic else f"{height}, {width})"
-    print(f"{target}: takes {args.input} images of (1, 3, {sides}")
+    sides = "B, 3, H, W), H and W multiples of 32" if dynamic else f"1, 3, {height}, {width})"
+    print(f"{target}: takes {args.input} images of ({sides}")
 
 
 def make_parser():
@@ -470,6 +481,8 @@ def make_parser():
                        help="of an ONNX file; float: normalized float32, for TensorRT's and Isaac's nodes")
     group.add_argument("--outputs", choices=["labels", "labels,confidence"], default="labels",
                        help="of an ONNX file; confidence: 255 times the probability of the label, rounded")
+    group.add_argument("--opset", type=data.number(int, 7, 99), metavar="N",
+                       help="of an ONNX file; without it torch's own")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
     return parser
 
@@ -483,7 +496,8 @@ def main(argv=()):
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
-    for flag, given in (("outputs", args.outputs != "labels"), ("input", args.input != "uint8")):
+    for flag, given in (("outputs", args.outputs != "labels"), ("input", args.input != "uint8"),
+                        ("opset", args.opset)):
         if given and not (args.export or "").endswith(".onnx"):
             raise InputError(f"--{flag} {getattr(args, flag)}: is for ONNX files; name --export FILE.onnx")
     if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):

@@ -2827,6 +2827,9 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "input of a folder": (labels(export="hf", input="float", checkpoint="STUDENT"),
                           ["--input float", "--export FILE.onnx"]),
     "floats in 8 bits": (labels(**INT8, calibrate="SCENES", input="float"), ["--input float", "uint8"]),
+    "opset of a folder": (labels(export="hf", opset=20, checkpoint="STUDENT"),
+                          ["--opset 20", "--export FILE.onnx"]),
+    "opset nonsense": (labels(export="a.onnx", opset=1), ["--opset", "1 is not at least 7"]),
     "outputs nonsense": (labels(export="a.onnx", outputs="logits"), ["--outputs", "logits"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
@@ -3271,6 +3274,28 @@ def test_an_onnx_file_takes_floats_normalized_as_it_says(trained, tmp_path):
     pred = session.run(["labels"], {"image": image})[0]
     assert (probabilities(trained[1][1], torch.from_numpy(image)).argmax(1) == pred).mean() > 0.999
     assert "float32" in facts["input"] and pred.dtype == np.uint8
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_dynamic_shape_and_an_opset_takes_batches(trained, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    session, facts = export_b0(trained, tmp_path, shape="dynamic", opset=20)
+    opsets = {entry.domain: entry.version for entry in onnx.load(tmp_path / "b0.onnx").opset_import}
+    assert opsets[""] == 20 and facts["size"] == "dynamic"
+    images = [np.asarray(distill.draw_scene(n)[0].resize((160, 96))).transpose(2, 0, 1) for n in range(3)]
+    pred = session.run(None, {"image": np.stack(images)})[0]                         # (3, 96, 160)
+    probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(np.stack(images))))
+    assert pred.shape == (3, 96, 160) and (probs.argmax(1) == pred).mean() > 0.999
+    alone = session.run(None, {"image": images[1][None]})[0]
+    assert (alone[0] == pred[1]).mean() > 0.999
+
+
+@pytest.mark.slow
+def test_an_opset_that_nothing_here_writes_is_one_line(trained, tmp_path, fails):
+    pytest.importorskip("onnxscript")
+    argv = flags(export=tmp_path / "a.onnx", shape="64x96", checkpoint=trained[1][1], opset=99)
+    fails(infer.main, argv, "--opset 99", "leave it out")
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------ timing
