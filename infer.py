@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -33,6 +34,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -206,22 +209,71 @@ def may_be_nvidias(meta):
     return meta["arch"] != "deeplab" and init != "random"
 
 
+def licence_note(meta):
+    if not may_be_nvidias(meta):
+        return "no licence of others is known"
+    return ("began, or may have begun, with weights of nvidia/mit-bN, whose licence is non-commercial: "
+            f"{NVIDIA_LICENCE}")
+
+
 def onnx_facts(meta, size, kind):
     """{key: text} for the metadata_props of an ONNX file. size: "HxW" or "dynamic"; kind: see --input."""
     form = {"uint8": "uint8 RGB, (B, 3, H, W), 0 to 255",
             "float": "float32 RGB, (B, 3, H, W), (value / 255 - mean) / std"}
-    licence = "no licence of others is known"
-    if may_be_nvidias(meta):
-        licence = ("began, or may have begun, with weights of nvidia/mit-bN, whose licence is "
-                   f"non-commercial: {NVIDIA_LICENCE}")
     return {"classes": json.dumps(meta["classes"]), "mean": json.dumps(data.MEAN),
             "std": json.dumps(data.STD), "size": size, "input": form[kind], "arch": meta["arch"],
-            "licence": licence}
+            "licence": licence_note(meta)}
 
 
 # ------------------------------------------------------------ export to Hugging Face
-def export_folder(model, meta, folder, height, width):
-    """config.json with label names, weights in safetensors, preprocessor_config.json for height x width."""
+CARD_MARK = "<!-- infer.py writes over this file; delete this line to keep your own text -->"
+CARD = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+{licence}tags:
+- segformer
+- semantic-segmentation
+---
+{mark}
+
+# {name}
+
+{arch}, {count} classes, trained on crops of {size}; the processor resizes images to {height}x{width}
+(height x width). Validation mIoU {miou}, after epoch {epoch}. Licence: {note}.
+
+| class | name | id | colour (RGB) | validation IoU |
+|---|---|---|---|---|
+{rows}
+
+```python
+from transformers import pipeline
+
+segments = pipeline("image-segmentation", model={name!r})("image.png")   # a label and its mask each
+```
+"""
+
+
+def model_card(meta, name, height, width):
+    """The README.md of a Hugging Face folder. name: as from_pretrained takes it."""
+    def score(value, missing="unknown"):
+        return f"{value:.4f}" if isinstance(value, float) else missing
+    rows, missing = [], "n/a" if meta["val_iou"] else "unknown"
+    for n, entry in enumerate(meta["classes"]):
+        title, colour = entry["name"].replace("|", r"\|"), ", ".join(map(str, entry["color"]))
+        iou = score(meta["val_iou"].get(entry["name"]), missing)
+        rows.append(f"| {n} | {title} | {entry['id']} | {colour} | {iou} |")
+    licence = f"license: other\nlicense_name: nvidia-source-code-license\nlicense_link: {NVIDIA_LICENCE}\n"
+    # load_model fills in a size where a file from elsewhere has none
+    size = f"{meta['size']}x{meta['size']} pixels" if "args" in meta else "unknown size"
+    return CARD.format(licence=licence if may_be_nvidias(meta) else "", mark=CARD_MARK, name=name,
+                       arch=meta["arch"], count=len(rows), size=size, height=height, width=width,
+                       note=licence_note(meta), miou=score(meta.get("val_miou")),
+                       epoch=meta.get("epoch", "unknown"), rows="\n".join(rows))
+
+
+def export_folder(model, meta, folder, height, width, name):
+    """config.json with label names, weights in safetensors, preprocessor_config.json for height x width, and
+    README.md; name: see model_card."""
     if folder.is_file() or folder.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise InputError(f"--export {folder}: is a file or named like one; name a folder, FILE.onnx or "
                          "FILE.int8.onnx")
@@ -239,11 +291,28 @@ def export_folder(model, meta, folder, height, width):
         processor.save_pretrained(folder)
         # safetensors writes for the owner's eyes only
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        card = folder / "README.md"
+        if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
+            data.write_atomic(card, model_card(meta, name, height, width).encode())
+        else:
+            print(f"{card}: was not written by infer.py and stays as it is")
     except (OSError, SafetensorError) as error:
         raise RunError(f"--export {folder}: cannot be written ({data.brief(error)}); choose another folder"
                        ) from None
     print(f"{folder}: loads with AutoModelForSemanticSegmentation.from_pretrained and in "
           f"pipeline('image-segmentation'), images as {height}x{width}")
+
+
+def push_folder(folder, name):
+    """Uploads to the hub what export_folder wrote, and nothing else that lies there."""
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
+    except (OSError, ValueError, HTTPError) as error:
+        raise RunError(f"--push {name}: {folder} is written but cannot be uploaded ({data.brief(error)}); "
+                       "log in with `hf auth login`, or take a name of yours, and run it again") from None
+    print(f"{folder}: uploaded to https://huggingface.co/{name}")
 
 
 # ------------------------------------------------------------ export to ONNX
@@ -424,7 +493,9 @@ def export(args, model, meta):
     if target.suffix != ".onnx":
         if dynamic:
             raise InputError("--shape dynamic: is for .onnx files; a Hugging Face folder has fixed sides")
-        export_folder(model, meta, target, height, width)
+        export_folder(model, meta, target, height, width, args.push or target.resolve().name)
+        if args.push:
+            push_folder(target, args.push)
         return
     if int8 and not args.calibrate:
         raise InputError(f"--export {target}: 8 bits need --calibrate DIR, images like those to come")
@@ -484,6 +555,7 @@ def make_parser():
     group.add_argument("--opset", type=data.number(int, 7, 99), metavar="N",
                        help="of an ONNX file; without it torch's own")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
+    group.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub")
     return parser
 
 
@@ -500,6 +572,10 @@ def main(argv=()):
                         ("opset", args.opset)):
         if given and not (args.export or "").endswith(".onnx"):
             raise InputError(f"--{flag} {getattr(args, flag)}: is for ONNX files; name --export FILE.onnx")
+    if args.push and (not args.export or args.export.endswith(".onnx")):
+        raise InputError(f"--push {args.push}: uploads a Hugging Face folder; name --export DIR")
+    if args.push and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push):
+        raise InputError(f"--push {args.push}: give OWNER/NAME, such as me/desert-b1")
     if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):
         raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
                          "images, --export, --raw and --confidence")

@@ -35,6 +35,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -2550,6 +2551,67 @@ def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fa
     assert preprocessor["size"] == {"height": 64, "width": 128}
 
 
+def test_the_card_of_a_hugging_face_folder_says_what_it_is_and_loads_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = trained[0] / "best_student.pth"
+    infer.main(flags(export="hf", checkpoint=checkpoint, shape="64x96"))
+    card = huggingface_hub.ModelCard.load("hf/README.md")
+    front, meta = card.data.to_dict(), torch.load(checkpoint, weights_only=True)
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "image-segmentation")
+    assert "license" not in front and "segformer" in front["tags"]                   # it began at random
+    assert f"mIoU {meta['val_miou']:.4f}, after epoch {meta['epoch']}." in card.text
+    assert f"| 9 | Sky | 10000 | 130, 190, 240 | {meta['val_iou']['Sky']:.4f} |\n" in card.text
+    assert card.text.count("\n| ") == 11 and "crops of 64x64 pixels" in card.text
+    image, scope = distill.draw_scene(1)[0].resize((96, 64)), {}
+    image.save("image.png")
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], scope)  # noqa: S102 -- our own card
+    ours = models.predict(models.load_model(checkpoint)[0], data.eval_image(image, 64), (64, 96))
+    pred, names = np.full((64, 96), 255), data.class_names(data.DESERT)
+    for segment in scope["segments"]:
+        pred[np.asarray(segment["mask"]) > 0] = names.index(segment["label"])
+    assert (pred == ours[0].numpy()).mean() > 0.999
+    infer.main(flags(export="hf", checkpoint=checkpoint, shape="96x96"))
+    assert "images to 96x96" in Path("hf/README.md").read_text()
+    Path("hf/README.md").write_text("mine")
+    infer.main(flags(export="hf", checkpoint=checkpoint))
+    assert Path("hf/README.md").read_text() == "mine"
+
+
+def test_a_card_names_nvidias_licence_and_claims_no_scores_that_it_lacks():
+    meta = {"arch": "segformer-b1", "classes": data.DESERT, "size": 512, "val_iou": {}}
+    card = huggingface_hub.ModelCard(infer.model_card(meta, "me/desert", 512, 896))
+    front = card.data.to_dict()
+    assert (front["license"], front["license_name"]) == ("other", "nvidia-source-code-license")
+    assert front["license_link"] == infer.NVIDIA_LICENCE and "non-commercial" in card.text
+    assert "mIoU unknown, after epoch unknown." in card.text and "crops of unknown size" in card.text
+    assert card.text.count("| unknown |\n") == 10
+
+
+def test_push_uploads_what_was_written_and_fails_in_one_line(trained, tmp_path, monkeypatch, fails):
+    calls, folder = [], tmp_path / "hf"
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            written = {path.name for path in folder.iterdir()}
+            calls.append((repo_id, folder_path, written - set(allow_patterns)))
+    monkeypatch.setattr(infer, "HfApi", Api)
+    folder.mkdir()
+    (folder / "secret.txt").write_text("")
+    argv = flags(export=folder, checkpoint=trained[1][1], push="me/desert")
+    infer.main(argv)
+    assert calls == [("me/desert", True), ("me/desert", folder, {"secret.txt"})]
+    assert "model='me/desert'" in (folder / "README.md").read_text()
+    for error in (OSError("no way"), infer.HTTPError("no way")):
+        def refuse(self, name, exist_ok, error=error):
+            raise error
+        monkeypatch.setattr(Api, "create_repo", refuse)
+        fails(infer.main, argv, "--push me/desert", "no way", "hf auth login", status=1)
+    assert len(calls) == 2
+
+
 def test_missing_optional_packages_are_one_line(trained, tmp_path, monkeypatch, fails):
     def missing(name):
         raise ImportError(name=name)
@@ -2830,6 +2892,10 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "opset of a folder": (labels(export="hf", opset=20, checkpoint="STUDENT"),
                           ["--opset 20", "--export FILE.onnx"]),
     "opset nonsense": (labels(export="a.onnx", opset=1), ["--opset", "1 is not at least 7"]),
+    "push without a folder": (labels(export="a.onnx", push="me/desert"),
+                              ["--push me/desert", "--export DIR"]),
+    "push of labels": (labels("FOLDER", push="me/desert"), ["--push me/desert", "--export DIR"]),
+    "push to no owner": (labels(export="hf", push="desert"), ["--push desert", "OWNER/NAME"]),
     "outputs nonsense": (labels(export="a.onnx", outputs="logits"), ["--outputs", "logits"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
