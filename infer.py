@@ -355,7 +355,7 @@ def export_onnx(model, path, shape, meta, args):
                          "it out, or name another") from None
     if args.opset not in (None, opset):                       # torch keeps its own where it cannot convert
         raise InputError(f"--opset {args.opset}: torch could only write {opset}; leave it out, or name "
-                         f"{opset} or more")
+                         "one nearer to that")
     for b, h, w in [(1, *shape), (2, 480, 640), (1, 320, 544)] if dynamic else [(1, *shape)]:
         # a noisy ramp: on plain noise a network says one class everywhere
         image = (torch.linspace(0, 255, w) + 40 * torch.randn(b, 3, h, w)).clamp(0, 255).to(torch.uint8)
@@ -548,10 +548,11 @@ def make_parser():
                        help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     group.add_argument("--shape", metavar="HxW|dynamic",
                        help="sides of the exported input; without it those of a whole image in training")
-    group.add_argument("--input", choices=["uint8", "float"], default="uint8",
+    group.add_argument("--input", choices=["uint8", "float"], default="uint8", metavar="uint8|float",
                        help="of an ONNX file; float: normalized float32, for TensorRT's and Isaac's nodes")
     group.add_argument("--outputs", choices=["labels", "labels,confidence"], default="labels",
-                       help="of an ONNX file; confidence: 255 times the probability of the label, rounded")
+                       metavar="labels[,confidence]",
+                       help="of an ONNX file; confidence: 255 times the probability of the label")
     group.add_argument("--opset", type=data.number(int, 7, 99), metavar="N",
                        help="of an ONNX file; without it torch's own")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
