@@ -3320,7 +3320,7 @@ def probabilities(checkpoint, x):
 @pytest.mark.slow
 def test_an_onnx_file_also_gives_the_labels_probabilities(trained, tmp_path):
     session, _ = export_b0(trained, tmp_path, shape="64x96", outputs="labels,confidence")
-    image = np.asarray(distill.draw_scene(1)[0].resize((96, 64))).transpose(2, 0, 1)[None]
+    image = np.array(distill.draw_scene(1)[0].resize((96, 64))).transpose(2, 0, 1)[None]
     pred, sure = session.run(["labels", "confidence"], {"image": image})
     probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(image)))
     assert sure.dtype == np.uint8 and sure.shape == pred.shape == (1, 64, 96)
@@ -3343,11 +3343,12 @@ def test_an_onnx_file_takes_floats_normalized_as_it_says(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_onnx_file_of_dynamic_shape_and_an_opset_takes_batches(trained, tmp_path):
+@pytest.mark.parametrize("opset", [17, 20])
+def test_an_onnx_file_of_dynamic_shape_and_an_opset_takes_batches(opset, trained, tmp_path):
     onnx = pytest.importorskip("onnx")
-    session, facts = export_b0(trained, tmp_path, shape="dynamic", opset=20)
+    session, facts = export_b0(trained, tmp_path, shape="dynamic", opset=opset)
     opsets = {entry.domain: entry.version for entry in onnx.load(tmp_path / "b0.onnx").opset_import}
-    assert opsets[""] == 20 and facts["size"] == "dynamic"
+    assert opsets[""] == opset and facts["size"] == "dynamic"
     images = [np.asarray(distill.draw_scene(n)[0].resize((160, 96))).transpose(2, 0, 1) for n in range(3)]
     pred = session.run(None, {"image": np.stack(images)})[0]                         # (3, 96, 160)
     probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(np.stack(images))))
@@ -3362,6 +3363,16 @@ def test_an_opset_that_nothing_here_writes_is_one_line(trained, tmp_path, fails)
     argv = flags(export=tmp_path / "a.onnx", shape="64x96", checkpoint=trained[1][1], opset=99)
     fails(infer.main, argv, "--opset 99", "leave it out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_deeplab_takes_batches(trained, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    infer.main(flags(export=tmp_path / "a.onnx", shape="dynamic", outputs="labels,confidence",
+                     checkpoint=trained[1][0]))
+    said = capsys.readouterr().out                            # the command's own comparison with torch
+    assert said.count("% of the labels equal") == said.count("% of the confidence within 1") == 3
+    assert "at 2x3x480x640" in said and (tmp_path / "a.onnx").exists()
 
 
 # ------------------------------------------------------------ timing
