@@ -3268,14 +3268,19 @@ def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     target, checkpoint = tmp_path / "new" / "student.int8.onnx", trained[0] / "best_student.pth"
     infer.main(flags(export=target, shape="96x160", checkpoint=checkpoint, data=scenes,
-                     calibrate=scenes / "train" / "Color_Images"))
+                     calibrate=scenes / "train" / "Color_Images", outputs="labels,confidence"))
     assert target.stat().st_size < 0.3 * checkpoint.stat().st_size
     assert list(target.parent.iterdir()) == [target]
     said = capsys.readouterr().out
     assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
     assert said.splitlines()[-1].startswith(f"{target}: ") and "fp32.onnx" not in said
-    facts = infer.onnx_session(target.read_bytes()).get_modelmeta().custom_metadata_map
+    session = infer.onnx_session(target.read_bytes())
+    facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == data.DESERT and facts["size"] == "96x160"
+    image = torch.from_numpy(np.array(distill.draw_scene(1)[0].resize((160, 96)))).permute(2, 0, 1)[None]
+    z = models.compute_logits(models.load_model(checkpoint)[0], image)
+    apart = infer.onnx_output(session, image, "confidence").int() - infer.confidence(z, (96, 160)).int()
+    assert apart.abs().float().mean() < 10                    # of 255: 8 bits shift logits a little
 
 
 def export_b0(trained, tmp_path, **how):
