@@ -22,7 +22,9 @@ import glob
 import importlib
 import io
 import itertools
+import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -32,6 +34,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -194,9 +198,82 @@ def output_stems(inputs, out, endings):
     return stems
 
 
+# ------------------------------------------------------------ what an export says of itself
+NVIDIA_LICENCE = "https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
+
+
+def may_be_nvidias(meta):
+    """Whether a network began with the weights of nvidia/mit-bN; also where nothing says it did not."""
+    args = meta.get("args")
+    init = args.get("init") if isinstance(args, dict) else None
+    return meta["arch"] != "deeplab" and init != "random"
+
+
+def licence_note(meta):
+    if not may_be_nvidias(meta):
+        return "no licence of others is known"
+    return ("began, or may have begun, with weights of nvidia/mit-bN, whose licence is non-commercial: "
+            f"{NVIDIA_LICENCE}")
+
+
+def onnx_facts(meta, size, kind):
+    """{key: text} for the metadata_props of an ONNX file. size: "HxW" or "dynamic"; kind: see --input."""
+    form = {"uint8": "uint8 RGB, (B, 3, H, W), 0 to 255",
+            "float": "float32 RGB, (B, 3, H, W), (value / 255 - mean) / std"}
+    return {"classes": json.dumps(meta["classes"]), "mean": json.dumps(data.MEAN),
+            "std": json.dumps(data.STD), "size": size, "input": form[kind], "arch": meta["arch"],
+            "licence": licence_note(meta)}
+
+
 # ------------------------------------------------------------ export to Hugging Face
-def export_folder(model, meta, folder, height, width):
-    """config.json with label names, weights in safetensors, preprocessor_config.json for height x width."""
+CARD_MARK = "<!-- infer.py writes over this file; delete this line to keep your own text -->"
+CARD = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+{licence}tags:
+- segformer
+- semantic-segmentation
+---
+{mark}
+
+# {name}
+
+{arch}, {count} classes, trained on crops of {size}; the processor resizes images to {height}x{width}
+(height x width). Validation mIoU {miou}, after epoch {epoch}. Licence: {note}.
+
+| class | name | id | colour (RGB) | validation IoU |
+|---|---|---|---|---|
+{rows}
+
+```python
+from transformers import pipeline
+
+segments = pipeline("image-segmentation", model={name!r})("image.png")   # a label and its mask each
+```
+"""
+
+
+def model_card(meta, name, height, width):
+    """The README.md of a Hugging Face folder. name: as from_pretrained takes it."""
+    def score(value, missing="unknown"):
+        return f"{value:.4f}" if isinstance(value, float) else missing
+    rows, missing = [], "n/a" if meta["val_iou"] else "unknown"
+    for n, entry in enumerate(meta["classes"]):
+        title, colour = entry["name"].replace("|", r"\|"), ", ".join(map(str, entry["color"]))
+        iou = score(meta["val_iou"].get(entry["name"]), missing)
+        rows.append(f"| {n} | {title} | {entry['id']} | {colour} | {iou} |")
+    licence = f"license: other\nlicense_name: nvidia-source-code-license\nlicense_link: {NVIDIA_LICENCE}\n"
+    # load_model fills in a size where a file from elsewhere has none
+    size = f"{meta['size']}x{meta['size']} pixels" if "args" in meta else "unknown size"
+    return CARD.format(licence=licence if may_be_nvidias(meta) else "", mark=CARD_MARK, name=name,
+                       arch=meta["arch"], count=len(rows), size=size, height=height, width=width,
+                       note=licence_note(meta), miou=score(meta.get("val_miou")),
+                       epoch=meta.get("epoch", "unknown"), rows="\n".join(rows))
+
+
+def export_folder(model, meta, folder, height, width, name):
+    """config.json with label names, weights in safetensors, preprocessor_config.json for height x width, and
+    README.md; name: see model_card."""
     if folder.is_file() or folder.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise InputError(f"--export {folder}: is a file or named like one; name a folder, FILE.onnx or "
                          "FILE.int8.onnx")
@@ -214,6 +291,11 @@ def export_folder(model, meta, folder, height, width):
         processor.save_pretrained(folder)
         # safetensors writes for the owner's eyes only
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        card = folder / "README.md"
+        if not card.exists() or CARD_MARK in card.read_text("utf-8", "replace"):
+            data.write_atomic(card, model_card(meta, name, height, width).encode())
+        else:
+            print(f"{card}: was not written by infer.py and stays as it is")
     except (OSError, SafetensorError) as error:
         raise RunError(f"--export {folder}: cannot be written ({data.brief(error)}); choose another folder"
                        ) from None
@@ -221,37 +303,73 @@ def export_folder(model, meta, folder, height, width):
           f"pipeline('image-segmentation'), images as {height}x{width}")
 
 
+def push_folder(folder, name):
+    """Uploads to the hub what export_folder wrote, and nothing else that lies there."""
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
+    except (OSError, ValueError, HTTPError) as error:
+        raise RunError(f"--push {name}: {folder} is written but cannot be uploaded ({data.brief(error)}); "
+                       "log in with `hf auth login`, or take a name of yours, and run it again") from None
+    print(f"{folder}: uploaded to https://huggingface.co/{name}")
+
+
 # ------------------------------------------------------------ export to ONNX
 class OnnxForm(nn.Module):
-    """A network with preprocessing and argmax: uint8 (B, 3, H, W) RGB -> uint8 (B, H, W) indices."""
+    """A network as a file holds it: uint8 RGB or normalized float32, (B, 3, H, W) -> a tuple of what
+    --outputs names, each uint8 (B, H, W): class indices, confidence()."""
 
-    def __init__(self, model):
+    def __init__(self, model, outputs="labels"):
         super().__init__()
-        self.model = model
+        self.model, self.outputs = model, outputs.split(",")
 
     def forward(self, image):
-        return upsampled_labels(self.model(data.normalize(image)), image.shape[2:])
+        # with float32, a file has no step that normalizes
+        z = self.model(data.normalize(image) if image.dtype == torch.uint8 else image)
+        known = {"labels": upsampled_labels, "confidence": confidence}
+        return tuple(known[name](z, image.shape[2:]) for name in self.outputs)
 
 
-def export_onnx(model, path, shape, dynamic=False):
-    """Writes `path` if it gives torch's labels. shape: (H, W); dynamic: sides chosen at run time."""
+def export_onnx(model, path, shape, meta, args):
+    """Writes `path` if it gives what torch gives. shape: (H, W); args: the command's flags."""
     import_optional("onnx", "onnxscript", "onnxruntime")
-    form, image = OnnxForm(model).eval(), torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
-    sides = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}} if dynamic else None
+    form, dynamic = OnnxForm(model, args.outputs).eval(), args.shape == "dynamic"
+    # a batch of 2: torch.export takes a dimension of 1 as fixed
+    image = torch.zeros(1 + dynamic, 3, *shape, dtype=torch.uint8 if args.input == "uint8" else torch.float32)
+    sides = {"image": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)} if dynamic else None
     buffer = io.BytesIO()
-    with contextlib.redirect_stdout(io.StringIO()):           # the exporter tells its steps
-        program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, input_names=["image"],
-                                    output_names=["labels"], optimize=True, verbose=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):       # the exporter tells its steps
+            program = torch.onnx.export(form, (image,), dynamo=True, dynamic_shapes=sides, optimize=True,
+                                        input_names=["image"], output_names=form.outputs, verbose=False,
+                                        opset_version=args.opset)
+        size = "dynamic" if dynamic else f"{shape[0]}x{shape[1]}"
+        program.model.metadata_props.update(onnx_facts(meta, size, args.input))
         program.save(buffer)
-    session = onnx_session(buffer.getvalue())
-    for h, w in [shape, (480, 640), (320, 544)] if dynamic else [shape]:
+        session, opset = onnx_session(buffer.getvalue()), program.model.opset_imports[""]
+    except Exception as error:                                # converters raise errors of any kind
+        if args.opset is None:
+            raise
+        raise InputError(f"--opset {args.opset}: cannot be written or read here ({data.brief(error)}); leave "
+                         "it out, or name another") from None
+    if args.opset not in (None, opset):                       # torch keeps its own where it cannot convert
+        raise InputError(f"--opset {args.opset}: torch could only write {opset}; leave it out, or name "
+                         "one nearer to that")
+    for b, h, w in [(1, *shape), (2, 480, 640), (1, 320, 544)] if dynamic else [(1, *shape)]:
         # a noisy ramp: on plain noise a network says one class everywhere
-        image = (torch.linspace(0, 255, w) + 40 * torch.randn(1, 3, h, w)).clamp(0, 255).to(torch.uint8)
-        same = (onnx_labels(session, image) == form(image)).float().mean().item()
-        print(f"onnx fp32 at {h}x{w}: {100 * same:.3f} % of the labels equal torch's")
-        if same < 0.999:
-            raise RunError(f"{path}: differs from torch on {100 * (1 - same):.2f} % of the pixels and was "
-                           "not written; try another torch or onnxruntime")
+        image = (torch.linspace(0, 255, w) + 40 * torch.randn(b, 3, h, w)).clamp(0, 255).to(torch.uint8)
+        if args.input == "float":
+            image = data.normalize(image)
+        for name, ours in zip(form.outputs, form(image), strict=True):
+            # a probability halfway between two steps may be rounded to either
+            steps, verb = (1, "within 1 of") if name == "confidence" else (0, "equal")
+            apart = (onnx_output(session, image, name).int() - ours.int()).abs() > steps
+            same = 1 - apart.float().mean().item()
+            print(f"onnx fp32 at {b}x3x{h}x{w}: {100 * same:.3f} % of the {name} {verb} torch's")
+            if same < 0.999:
+                raise RunError(f"{path}: its {name} differs from torch on {100 * (1 - same):.2f} % of the "
+                               "pixels and was not written; try another torch or onnxruntime")
     data.write_atomic(path, buffer.getvalue())
 
 
@@ -264,15 +382,16 @@ def export_int8(args, model, meta, target, shape):
     images = []
     for path in files[::math.ceil(len(files) / 64)]:          # of the whole drive, not its beginning
         images.append(data.resized_image(data.read_image(path), shape[1], shape[0]).numpy())
-    rows = [("torch fp32", OnnxForm(model).eval(), weights_file(args.checkpoint[0]).stat().st_size)]
+    form = OnnxForm(model).eval()
+    rows = [("torch fp32", lambda image: form(image)[0], weights_file(args.checkpoint[0]).stat().st_size)]
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        export_onnx(model, plain, shape)
+        export_onnx(model, plain, shape, meta, args)
         quantize(plain, small, images)
         data.write_atomic(target, small.read_bytes())
         for name, path in (("onnx fp32", plain), ("onnx int8", small)):
             session = onnx_session(path.read_bytes())
-            rows.append((name, functools.partial(onnx_labels, session), path.stat().st_size))
+            rows.append((name, functools.partial(onnx_output, session), path.stat().st_size))
     compare(split, rows, shape)
 
 
@@ -333,8 +452,8 @@ def onnx_session(content):
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_labels(session, image):
-    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+def onnx_output(session, image, name="labels"):
+    return torch.from_numpy(session.run([name], {"image": image.numpy()})[0])
 
 
 # ------------------------------------------------------------ checks, flags, the command
@@ -374,19 +493,23 @@ def export(args, model, meta):
     if target.suffix != ".onnx":
         if dynamic:
             raise InputError("--shape dynamic: is for .onnx files; a Hugging Face folder has fixed sides")
-        export_folder(model, meta, target, height, width)
+        export_folder(model, meta, target, height, width, args.push or target.resolve().name)
+        if args.push:
+            push_folder(target, args.push)
         return
     if int8 and not args.calibrate:
         raise InputError(f"--export {target}: 8 bits need --calibrate DIR, images like those to come")
+    if int8 and args.input == "float":
+        raise InputError("--input float: 8 bits keep uint8 images; leave it out, or name --export FILE.onnx")
     if int8 and dynamic:
         raise InputError(f"--shape dynamic: 8 bits need fixed sides, such as {height}x{width}")
     model = optimize_for_inference(model)
     if int8:
         export_int8(args, model, meta, target, (height, width))
     else:
-        export_onnx(model, target, (height, width), dynamic)
-    sides = "H, W), H and W multiples of 32" if dynamic else f"{height}, {width})"
-    print(f"{target}: takes uint8 images of (1, 3, {sides}")
+        export_onnx(model, target, (height, width), meta, args)
+    sides = "B, 3, H, W), H and W multiples of 32" if dynamic else f"1, 3, {height}, {width})"
+    print(f"{target}: takes {args.input} images of ({sides}")
 
 
 def make_parser():
@@ -425,7 +548,15 @@ def make_parser():
                        help="a folder (Hugging Face), FILE.onnx, or FILE.int8.onnx")
     group.add_argument("--shape", metavar="HxW|dynamic",
                        help="sides of the exported input; without it those of a whole image in training")
+    group.add_argument("--input", choices=["uint8", "float"], default="uint8", metavar="uint8|float",
+                       help="of an ONNX file; float: normalized float32, for TensorRT's and Isaac's nodes")
+    group.add_argument("--outputs", choices=["labels", "labels,confidence"], default="labels",
+                       metavar="labels[,confidence]",
+                       help="of an ONNX file; confidence: 255 times the probability of the label")
+    group.add_argument("--opset", type=data.number(int, 7, 99), metavar="N",
+                       help="of an ONNX file; without it torch's own")
     group.add_argument("--calibrate", metavar="DIR", help="images for 8 bits, at most 64 of them are used")
+    group.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub")
     return parser
 
 
@@ -438,6 +569,14 @@ def main(argv=()):
     if args.shape and not args.export:
         raise InputError(f"--shape {args.shape}: is for an export; name --export TARGET, or say --size to "
                          "label images")
+    for flag, given in (("outputs", args.outputs != "labels"), ("input", args.input != "uint8"),
+                        ("opset", args.opset)):
+        if given and not (args.export or "").endswith(".onnx"):
+            raise InputError(f"--{flag} {getattr(args, flag)}: is for ONNX files; name --export FILE.onnx")
+    if args.push and (not args.export or args.export.endswith(".onnx")):
+        raise InputError(f"--push {args.push}: uploads a Hugging Face folder; name --export DIR")
+    if args.push and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push):
+        raise InputError(f"--push {args.push}: give OWNER/NAME, such as me/desert-b1")
     if args.stream and (args.inputs or args.export or args.raw or args.confidence or sys.stdin.isatty()):
         raise InputError("--stream: reads raw frames from a pipe to stdin and writes to stdout; leave out "
                          "images, --export, --raw and --confidence")

@@ -35,6 +35,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -2673,6 +2674,67 @@ def test_hugging_face_folder_gives_the_same_labels(trained, tmp_path, scenes, fa
     assert preprocessor["size"] == {"height": 64, "width": 128}
 
 
+def test_the_card_of_a_hugging_face_folder_says_what_it_is_and_loads_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = trained[0] / "best_student.pth"
+    infer.main(flags(export="hf", checkpoint=checkpoint, shape="64x96"))
+    card = huggingface_hub.ModelCard.load("hf/README.md")
+    front, meta = card.data.to_dict(), torch.load(checkpoint, weights_only=True)
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "image-segmentation")
+    assert "license" not in front and "segformer" in front["tags"]                   # it began at random
+    assert f"mIoU {meta['val_miou']:.4f}, after epoch {meta['epoch']}." in card.text
+    assert f"| 9 | Sky | 10000 | 130, 190, 240 | {meta['val_iou']['Sky']:.4f} |\n" in card.text
+    assert card.text.count("\n| ") == 11 and "crops of 64x64 pixels" in card.text
+    image, scope = distill.draw_scene(1)[0].resize((96, 64)), {}
+    image.save("image.png")
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], scope)  # noqa: S102 -- our own card
+    ours = models.predict(models.load_model(checkpoint)[0], data.eval_image(image, 64), (64, 96))
+    pred, names = np.full((64, 96), 255), data.class_names(data.DESERT)
+    for segment in scope["segments"]:
+        pred[np.asarray(segment["mask"]) > 0] = names.index(segment["label"])
+    assert (pred == ours[0].numpy()).mean() > 0.999
+    infer.main(flags(export="hf", checkpoint=checkpoint, shape="96x96"))
+    assert "images to 96x96" in Path("hf/README.md").read_text()
+    Path("hf/README.md").write_text("mine")
+    infer.main(flags(export="hf", checkpoint=checkpoint))
+    assert Path("hf/README.md").read_text() == "mine"
+
+
+def test_a_card_names_nvidias_licence_and_claims_no_scores_that_it_lacks():
+    meta = {"arch": "segformer-b1", "classes": data.DESERT, "size": 512, "val_iou": {}}
+    card = huggingface_hub.ModelCard(infer.model_card(meta, "me/desert", 512, 896))
+    front = card.data.to_dict()
+    assert (front["license"], front["license_name"]) == ("other", "nvidia-source-code-license")
+    assert front["license_link"] == infer.NVIDIA_LICENCE and "non-commercial" in card.text
+    assert "mIoU unknown, after epoch unknown." in card.text and "crops of unknown size" in card.text
+    assert card.text.count("| unknown |\n") == 10
+
+
+def test_push_uploads_what_was_written_and_fails_in_one_line(trained, tmp_path, monkeypatch, fails):
+    calls, folder = [], tmp_path / "hf"
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            written = {path.name for path in folder.iterdir()}
+            calls.append((repo_id, folder_path, written - set(allow_patterns)))
+    monkeypatch.setattr(infer, "HfApi", Api)
+    folder.mkdir()
+    (folder / "secret.txt").write_text("")
+    argv = flags(export=folder, checkpoint=trained[1][1], push="me/desert")
+    infer.main(argv)
+    assert calls == [("me/desert", True), ("me/desert", folder, {"secret.txt"})]
+    assert "model='me/desert'" in (folder / "README.md").read_text()
+    for error in (OSError("no way"), infer.HTTPError("no way")):
+        def refuse(self, name, exist_ok, error=error):
+            raise error
+        monkeypatch.setattr(Api, "create_repo", refuse)
+        fails(infer.main, argv, "--push me/desert", "no way", "hf auth login", status=1)
+    assert len(calls) == 2
+
+
 def test_missing_optional_packages_are_one_line(trained, tmp_path, monkeypatch, fails):
     def missing(name):
         raise ImportError(name=name)
@@ -2944,6 +3006,21 @@ BAD_FLAGS = {                                    # words in capitals stand for p
                                 ["--shape 64x96", "--export"]),
     "dynamic folder": (labels(export="hf", shape="dynamic", checkpoint="STUDENT"),
                        ["--shape dynamic", ".onnx"]),
+    "outputs of a folder": (labels(export="hf", outputs="labels,confidence", checkpoint="STUDENT"),
+                            ["--outputs labels,confidence", "--export FILE.onnx"]),
+    "outputs of labels": (labels("FOLDER", outputs="labels,confidence", checkpoint="STUDENT"),
+                          ["--outputs labels,confidence", "--export FILE.onnx"]),
+    "input of a folder": (labels(export="hf", input="float", checkpoint="STUDENT"),
+                          ["--input float", "--export FILE.onnx"]),
+    "floats in 8 bits": (labels(**INT8, calibrate="SCENES", input="float"), ["--input float", "uint8"]),
+    "opset of a folder": (labels(export="hf", opset=20, checkpoint="STUDENT"),
+                          ["--opset 20", "--export FILE.onnx"]),
+    "opset nonsense": (labels(export="a.onnx", opset=1), ["--opset", "1 is not at least 7"]),
+    "push without a folder": (labels(export="a.onnx", push="me/desert"),
+                              ["--push me/desert", "--export DIR"]),
+    "push of labels": (labels("FOLDER", push="me/desert"), ["--push me/desert", "--export DIR"]),
+    "push to no owner": (labels(export="hf", push="desert"), ["--push desert", "OWNER/NAME"]),
+    "outputs nonsense": (labels(export="a.onnx", outputs="logits"), ["--outputs", "logits"]),
     "shape": (labels(export="a.onnx", shape="100x100", checkpoint="DEEPLAB"), ["--shape 100x100"]),
     "int8 with no such images": (labels(**INT8, calibrate="nowhere"), ["nowhere"]),
     "int8 with no such split": (labels(**INT8, calibrate="SCENES", split="zz"), ["zz"]),
@@ -3295,13 +3372,17 @@ def test_onnx_gives_torchs_labels(shape, trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_onnx_file_that_differs_from_torch_replaces_no_good_one(trained, tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("wrong", ["labels", "confidence"])
+def test_an_onnx_file_unlike_torch_replaces_no_good_one(wrong, trained, tmp_path, monkeypatch, fails):
     pytest.importorskip("onnxscript")
-    target, once = tmp_path / "a.onnx", infer.onnx_labels
+    target, once = tmp_path / "a.onnx", infer.onnx_output
     target.write_bytes(b"good")
-    monkeypatch.setattr(infer, "onnx_labels", lambda *args: 9 - once(*args))
-    argv = flags(export=target, shape="64x96", checkpoint=trained[1][1])
-    fails(infer.main, argv, "a.onnx", "differs from torch", status=1)
+
+    def output(session, image, name):
+        return once(session, image, name) + 3 * (name == wrong)
+    monkeypatch.setattr(infer, "onnx_output", output)
+    argv = flags(export=target, shape="64x96", checkpoint=trained[1][1], outputs="labels,confidence")
+    fails(infer.main, argv, "a.onnx", f"its {wrong} differs from torch", status=1)
     assert target.read_bytes() == b"good" and list(tmp_path.iterdir()) == [target]
 
 
@@ -3311,12 +3392,116 @@ def test_int8_onnx_is_a_quarter_of_the_size(trained, scenes, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     target, checkpoint = tmp_path / "new" / "student.int8.onnx", trained[0] / "best_student.pth"
     infer.main(flags(export=target, shape="96x160", checkpoint=checkpoint, data=scenes,
-                     calibrate=scenes / "train" / "Color_Images"))
+                     calibrate=scenes / "train" / "Color_Images", outputs="labels,confidence"))
     assert target.stat().st_size < 0.3 * checkpoint.stat().st_size
     assert list(target.parent.iterdir()) == [target]
     said = capsys.readouterr().out
     assert all(name in said for name in ("torch fp32", "onnx fp32", "onnx int8", "mIoU"))
     assert said.splitlines()[-1].startswith(f"{target}: ") and "fp32.onnx" not in said
+    session = infer.onnx_session(target.read_bytes())
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == data.DESERT and facts["size"] == "96x160"
+    image = torch.from_numpy(np.array(distill.draw_scene(1)[0].resize((160, 96)))).permute(2, 0, 1)[None]
+    z = models.compute_logits(models.load_model(checkpoint)[0], image)
+    apart = infer.onnx_output(session, image, "confidence").int() - infer.confidence(z, (96, 160)).int()
+    assert apart.abs().float().mean() < 10                    # of 255: 8 bits shift logits a little
+
+
+def export_b0(trained, tmp_path, **how):
+    """(session, {key: text} of its metadata) of SegFormer-B0's ONNX file, as onnxruntime reads it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    infer.main(flags(export=tmp_path / "b0.onnx", checkpoint=trained[1][1], **how))
+    session = onnxruntime.InferenceSession(str(tmp_path / "b0.onnx"), providers=["CPUExecutionProvider"])
+    return session, session.get_modelmeta().custom_metadata_map
+
+
+@pytest.mark.parametrize("arch, args, theirs", [
+    ("segformer-b1", {"init": "imagenet"}, True), ("segformer-b3", {"init": "nvidia/mit-b3"}, True),
+    ("segformer-b1", None, True), ("segformer-b1", "damaged", True),
+    ("segformer-b1", {"init": "a.pth"}, True), ("segformer-b1", {"init": "random"}, False),
+    ("deeplab", {"init": "imagenet"}, False)])
+def test_nvidias_licence_is_named_unless_none_of_its_weights_can_be_in(arch, args, theirs):
+    facts = infer.onnx_facts({"arch": arch, "classes": data.DESERT, "args": args}, "64x96", "uint8")
+    assert ("non-commercial" in facts["licence"]) == theirs
+
+
+@pytest.mark.slow
+def test_an_onnx_file_says_what_it_is(trained, tmp_path):
+    _, facts = export_b0(trained, tmp_path, shape="64x96")
+    assert json.loads(facts["classes"]) == data.DESERT
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(facts["std"]) == [0.229, 0.224, 0.225]
+    assert facts["size"] == "64x96" and facts["arch"] == "segformer-b0" and "uint8" in facts["input"]
+    assert "non-commercial" not in facts["licence"]           # it began at random
+
+
+def probabilities(checkpoint, x):
+    """Normalized (B, 3, H, W) -> (B, C, H, W) float64 probabilities by transformers' own SegFormer."""
+    model = models.load_model(checkpoint)[0]
+    stock = transformers.SegformerForSemanticSegmentation(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        z = stock(x).logits.double()
+    return F.interpolate(z, x.shape[2:], mode="bilinear", align_corners=False).softmax(1).numpy()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_also_gives_the_labels_probabilities(trained, tmp_path):
+    session, _ = export_b0(trained, tmp_path, shape="64x96", outputs="labels,confidence")
+    image = np.array(distill.draw_scene(1)[0].resize((96, 64))).transpose(2, 0, 1)[None]
+    pred, sure = session.run(["labels", "confidence"], {"image": image})
+    probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(image)))
+    assert sure.dtype == np.uint8 and sure.shape == pred.shape == (1, 64, 96)
+    assert (probs.argmax(1) == pred).mean() > 0.999
+    assert np.abs(255 * probs.max(1) - sure).max() < 0.6      # rounded, and fp32 beside fp64
+    assert len(np.unique(sure)) > 5
+
+
+@pytest.mark.slow
+def test_an_onnx_file_takes_floats_normalized_as_it_says(trained, tmp_path):
+    session, facts = export_b0(trained, tmp_path, shape="64x96", input="float")
+    taken, = session.get_inputs()
+    assert (taken.name, taken.type, taken.shape) == ("image", "tensor(float)", [1, 3, 64, 96])
+    image = np.asarray(distill.draw_scene(2)[0].resize((96, 64))) / 255
+    image = (image - json.loads(facts["mean"])) / json.loads(facts["std"])           # (H, W, 3)
+    image = image.transpose(2, 0, 1)[None].astype(np.float32)
+    pred = session.run(["labels"], {"image": image})[0]
+    assert (probabilities(trained[1][1], torch.from_numpy(image)).argmax(1) == pred).mean() > 0.999
+    assert "float32" in facts["input"] and pred.dtype == np.uint8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [17, 20])
+def test_an_onnx_file_of_dynamic_shape_and_an_opset_takes_batches(opset, trained, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    session, facts = export_b0(trained, tmp_path, shape="dynamic", opset=opset)
+    opsets = {entry.domain: entry.version for entry in onnx.load(tmp_path / "b0.onnx").opset_import}
+    assert opsets[""] == opset and facts["size"] == "dynamic"
+    images = [np.asarray(distill.draw_scene(n)[0].resize((160, 96))).transpose(2, 0, 1) for n in range(3)]
+    pred = session.run(None, {"image": np.stack(images)})[0]                         # (3, 96, 160)
+    probs = probabilities(trained[1][1], data.normalize(torch.from_numpy(np.stack(images))))
+    assert pred.shape == (3, 96, 160) and (probs.argmax(1) == pred).mean() > 0.999
+    alone = session.run(None, {"image": images[1][None]})[0]
+    assert (alone[0] == pred[1]).mean() > 0.999
+
+
+@pytest.mark.slow
+def test_an_opset_that_nothing_here_writes_is_one_line(trained, tmp_path, fails):
+    pytest.importorskip("onnxscript")
+    argv = flags(export=tmp_path / "a.onnx", shape="64x96", checkpoint=trained[1][1], opset=99)
+    fails(infer.main, argv, "--opset 99", "leave it out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_deeplab_takes_batches(trained, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    infer.main(flags(export=tmp_path / "a.onnx", shape="dynamic", outputs="labels,confidence",
+                     checkpoint=trained[1][0]))
+    said = capsys.readouterr().out                            # the command's own comparison with torch
+    assert said.count("% of the labels equal") == said.count("% of the confidence within 1") == 3
+    assert "at 2x3x480x640" in said and (tmp_path / "a.onnx").exists()
 
 
 @pytest.mark.slow
