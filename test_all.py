@@ -3517,7 +3517,7 @@ def test_onnx_and_int8_of_lraspp(scenes, tmp_path, capsys):
         model.classifier.high_classifier.bias -= z.mean((0, 2, 3))
     models.save_model(checkpoint, model, "lraspp", data.DESERT, size=64)
     infer.main(flags(export=tmp_path / "a.onnx", shape="dynamic", checkpoint=checkpoint))
-    labels = infer.onnx_labels(infer.onnx_session((tmp_path / "a.onnx").read_bytes()), image)
+    labels = infer.onnx_output(infer.onnx_session((tmp_path / "a.onnx").read_bytes()), image)
     ours = models.predict(models.load_model(checkpoint)[0], image, (96, 160))
     assert (labels == ours).float().mean() > 0.999 and len(ours.unique()) > 3
     infer.main(flags(export=tmp_path / "a.int8.onnx", shape="96x160", checkpoint=checkpoint, data=scenes,
