@@ -163,8 +163,11 @@ class TrainDataset(Dataset):
             image, target = self.split.crop(index, self.size, affine)
         except InputError as error:
             return error                     # returned, not raised: DataLoader would wrap it in a traceback
-        rng = np.random.default_rng(seed_for("cutmix", self.seed, epoch, position))
-        box = random_box(rng, self.size) if rng.random() < self.cutmix else [0, 0, 0, 0]
+        box = [0, 0, 0, 0]
+        if self.cutmix:                      # from draws of its own: the crops are the same without it
+            rng = np.random.default_rng(seed_for("cutmix", self.seed, epoch, position))
+            if rng.random() < self.cutmix:
+                box = random_box(rng, self.size)
         return (image, target, torch.from_numpy(affine).float(), torch.from_numpy(jitter).float(),
                 torch.tensor(index), torch.tensor(box))
 
@@ -502,8 +505,8 @@ def overlay(image, labels, classes, legend=True):
     rows = []
     for c in np.argsort(-counts, kind="stable"):
         if counts[c]:
-            share = 100 * counts[c] / counts.sum()
-            rows.append((tuple(classes[c]["color"]), f"{classes[c]['name']}  {max(share, 0.1):.1f} %"))
+            text = f"{classes[c]['name']}  {percent(counts[c] / counts.sum())}"
+            rows.append((tuple(classes[c]["color"]), text))
     line = max(9, min(image.height // 30, image.width // 24))                        # pixels
     fitting = int(image.height / (1.3 * line)) - 2
     if len(rows) > fitting:
@@ -516,6 +519,11 @@ def overlay(image, labels, classes, legend=True):
         draw.rectangle((0.5 * line, top, 1.5 * line, top + line), fill=color)
         draw.text((2 * line, top), text, (255, 255, 255), font)
     return mixed
+
+
+def percent(share):
+    """A share in 0..1 as text."""
+    return "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
 
 
 def augmented_sheet(split, size):
@@ -647,10 +655,13 @@ def scan_pairs(pairs, scan_file=None):
         keys.append(f"{image.resolve()}|{':'.join(stamps)}")
     # results of two parts are of an older version, without colours
     missing = [n for n, key in enumerate(keys) if len(known.get(key, ())) < 3]
-    with ThreadPoolExecutor(min(8, count_cores())) as pool:   # Pillow decodes without holding Python's lock
+    pool = ThreadPoolExecutor(min(8, count_cores()))          # Pillow decodes without holding Python's lock
+    try:
         results = pool.map(scan_pair, [pairs[n] for n in missing])
         for n, result in zip(missing, progress_bar(results, "reading all files", len(missing)), strict=True):
             known[keys[n]] = result
+    finally:
+        pool.shutdown(cancel_futures=True)                    # after Ctrl-C nobody waits for the other files
     if scan_file is not None and missing:
         write_atomic(scan_file, json.dumps({key: known[key] for key in keys}).encode())
     return [(tuple(size), *({int(v): n for v, n in counts.items()} for counts in counts_of_both))
@@ -700,7 +711,9 @@ def find_label_format(values, paths, classes, flag=None, colors=()):
     if flag == "colors" or (flag is None and in_colors):
         check_colors(values, colors, paths, classes)
         return "colors"
-    refuse_8_bit_copies([(union, paths[0])] if flag else [(union, paths[0]), *masks], ids, indices)
+    refuse_8_bit_copies(union, paths[0], ids, indices)
+    for own, path in masks if flag is None else ():
+        refuse_8_bit_copies(own, path, ids, indices, ", or say --masks ids if these are its labels")
     if flag is not None:
         label_format = flag
     elif not union <= indices:
@@ -755,16 +768,15 @@ def palette_differs(counts, colors, classes):
     return colors.keys() <= by_number.keys() and by_number != Counter(colors)
 
 
-def refuse_8_bit_copies(masks, ids, indices):
-    """masks: [(set of values, path)]. An 8-bit copy holds what is left of 16-bit ids in one of three ways."""
+def refuse_8_bit_copies(values, path, ids, indices, otherwise=""):
+    """An 8-bit copy holds what is left of 16-bit ids in one of three ways."""
     copies = {"the high byte": {i >> 8 for i in ids}, "clipped at 255": {min(i, 255) for i in ids},
               "modulo 256": {i & 255 for i in ids}}
     for how, copied in copies.items():
-        for values, path in masks:
-            if values <= copied and not values <= ids and not values <= indices:
-                raise InputError(f"{path}: label {min(values - ids)} is no known id; the file looks like an "
-                                 f"8-bit copy of a 16-bit mask ({how}). Export it again with its depth "
-                                 "unchanged, or say --masks ids if these are its labels")
+        if values <= copied and not values <= ids and not values <= indices:
+            raise InputError(f"{path}: label {min(values - ids)} is no known id; the file looks like an "
+                             f"8-bit copy of a 16-bit mask ({how}). Export it again with its depth "
+                             f"unchanged{otherwise}")
 
 
 def load_classes(path=None):

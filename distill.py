@@ -42,12 +42,12 @@ from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, ha
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
                     compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
                     parse_weights, predict, weights_file)
-from train_teacher import State, as_json, fit, join_processes, open_data
+from train_teacher import State, as_json, fit, join_processes, open_data, unlabelled_of_batch
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
 ALPHA_TERMS = ("kl", "cwd")                      # weights of losses on logits, which alpha weighs too
-TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 STAGE_TERMS = ("feature", "attention")           # weights of losses on stages, which it does not
+TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 
 
 # ------------------------------------------------------------ targets and loss
@@ -55,14 +55,15 @@ def make_prepare(args, world, train, class_weight, ask_teachers=None):
     """prepare(batch) as fit() takes it; without `ask_teachers` the student is trained alone."""
     def prepare(batch):
         batch = data.augment_on_device(batch, world.device)
-        seen = batch.target                                   # 255: no loss; unlabelled images are 0 inside
-        unlabelled = (batch.indices >= len(train)).to(world.device)[:, None, None]
-        batch = batch._replace(target=seen.masked_fill(unlabelled, data.IGNORE))
+        soft = soft_weights(batch.target)
+        if train.unlabelled:                 # their targets are 0 inside the image, so only now:
+            unlabelled = (batch.indices >= len(train)).to(world.device)[:, None, None]
+            batch = batch._replace(target=batch.target.masked_fill(unlabelled, data.IGNORE))
         weights = {"hard": hard_weights(batch.target, class_weight)}
         if ask_teachers is None:
             return batch._replace(weights=weights)
-        weights["soft"] = soft_weights(seen)
-        teacher, stages = ask_teachers(batch)  # they see exactly the pixels that the student sees
+        weights["soft"] = soft
+        teacher, stages = ask_teachers(batch)
         if args.soft_weights == "balanced":
             weights["soft"] = weights["soft"] * balanced_weights(teacher, class_weight)
         if args.confidence_threshold:
@@ -70,7 +71,7 @@ def make_prepare(args, world, train, class_weight, ask_teachers=None):
         if train.unlabelled:
             weights["soft_unlabelled"] = weights["soft"] * unlabelled
         batch = batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
-        # after the teachers, which see whole scenes, and only their labels are mixed
+        # last: the teachers label whole scenes, and their answers are mixed as the images are
         return data.cutmix(batch) if args.cutmix else batch
     return prepare
 
@@ -416,7 +417,7 @@ def check_flags(args):
     if (args.cutmix or args.unlabelled) and not needs_teachers(args):
         flag = "--cutmix" if args.cutmix else "--unlabelled"
         raise InputError(f"{flag}: without a soft loss it does nothing; raise --alpha, or the loss's weight")
-    if args.unlabelled and not 0 < round(args.unlabelled_share * args.batch_size) < args.batch_size:
+    if args.unlabelled and not 0 < unlabelled_of_batch(args) < args.batch_size:
         raise InputError(f"--unlabelled-share {args.unlabelled_share}: of --batch-size {args.batch_size} "
                          "at least one image must have labels, and one none; change one of the two")
     if not args.demo:

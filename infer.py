@@ -16,6 +16,7 @@ Measured: 385 ms from a 960x540 file to labels at 512x896, on two CPU cores in b
 transformers' pipeline in fp32 with the same weights; labels equal on 99.98 % of the pixels
 (`python -m pytest -m slow -s -k pipeline test_all.py`).
 """
+import argparse
 import contextlib
 import functools
 import glob
@@ -206,7 +207,7 @@ def may_be_nvidias(meta):
     """Whether a network began with the weights of nvidia/mit-bN; also where nothing says it did not."""
     args = meta.get("args")
     init = args.get("init") if isinstance(args, dict) else None
-    return meta["arch"] != "deeplab" and init != "random"
+    return meta["arch"].startswith("segformer") and init != "random"
 
 
 def licence_note(meta):
@@ -479,7 +480,7 @@ def parse_shape(value):
     """"512x896" -> (512, 896)."""
     try:
         height, width = (data.image_side(part) for part in value.split("x"))
-    except (ValueError, data.argparse.ArgumentTypeError):
+    except (ValueError, argparse.ArgumentTypeError):
         raise InputError(f"--shape {value}: give HEIGHTxWIDTH in multiples of 32, such as 512x896, or dynamic"
                          ) from None
     return height, width

@@ -56,7 +56,7 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
     adapters: a module that is trained too but is no part of the checkpoint"""
     device, dtype, started = world.device, amp_dtype(args.amp, world.device), time.time()
     # an epoch is one pass over the pairs; unlabelled images fill their share of each batch
-    unlabelled = round(args.unlabelled_share * args.batch_size) if train.unlabelled else 0
+    unlabelled = unlabelled_of_batch(args)
     step_images = args.batch_size * args.accumulate * world.size
     steps_per_epoch = len(train) // ((args.batch_size - unlabelled) * args.accumulate * world.size)
     total = min(args.epochs * steps_per_epoch, args.steps or math.inf)
@@ -99,8 +99,9 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
                 scores = validate(model, val, args, world, dtype, class_weight)
         for key in ("loss", "miou", "miou_present", "pixel_accuracy", "iou"):
             record[f"val_{key}"] = scores[key] if scores else None
+        names = [name for name in state.sums if name not in ("alpha", "loss", "steps", "skipped", *COUNTERS)]
         state.record(record)
-        report(state, train.classes, bar)
+        report(state, train.classes, names, bar)
         clock.restart()
 
     with signals, bar, out_of_memory_error(args):
@@ -239,7 +240,7 @@ def validate(model, val, args, world, dtype, class_weight):
     def add_loss(z, target):
         weight = hard_weights(target, class_weight)
         sums.add_(torch.stack([hard_loss(z, target, weight), weight.sum()]))
-    confusion = evaluate(frozen, val, args.size, dtype, args.workers, indices, add_loss)
+    confusion = world.sum(evaluate(frozen, val, args.size, dtype, args.workers, indices, add_loss))
     sums = world.sum(sums)
     loss = float(sums[0] / sums[1])
     return {"loss": loss if math.isfinite(loss) else None, **compute_scores(confusion, val.classes)}
@@ -276,8 +277,7 @@ def epoch_means(sums, world):
     means: dict = {"alpha": 0.0}
     for name, value in sums.items():
         means[name] = value if name in COUNTERS else value / steps if steps else None
-    parts = [name for name in means if name not in ("alpha", "loss", *COUNTERS)]
-    return {**means, "skipped": skipped, "parts": parts}
+    return {**means, "skipped": skipped}
 
 
 class Clock:
@@ -463,11 +463,11 @@ def write_log(state):
 
 
 def csv_table(history):
-    """Epoch records without "parts" as CSV: one row each, with those of val_iou as val_iou_NAME; None is
-    empty. The columns are those of all epochs together."""
+    """Epoch records as CSV: one row each, with those of val_iou as val_iou_NAME; None is empty. The columns
+    are those of all epochs together."""
     rows, columns = [], {"epoch": None, "step": None}
     for record in history:
-        row = {key: value for key, value in record.items() if key not in ("parts", "val_iou")}
+        row = {key: value for key, value in record.items() if key != "val_iou"}
         for name, value in (record["val_iou"] or {}).items():
             row[f"val_iou_{name}"] = value
         rows.append(row)
@@ -479,16 +479,13 @@ def csv_table(history):
     return text.getvalue()
 
 
-def report(state, classes, bar):
-    """After an epoch: the log, the curves, and a line on the screen."""
+def report(state, classes, parts, bar):
+    """After an epoch: the log, the curves (of `parts` of the loss too), and a line on the screen."""
     write_log(state)
     if state.world.rank > 0:
         return
     last = state.history[-1]
-    parts = []
-    for key in last["parts"]:
-        if last[key] != last["loss"]:                         # equal lines would hide each other
-            parts.append(key)
+    parts = [part for part in parts if last[part] != last["loss"]]                  # no line hides another
     name = "training_curves.png" if state.name == "best_student" else f"{state.name}_curves.png"
     data.save_image(state.best_path.with_name(name), draw_curves(state.history, classes, parts))
     text = f"{state.name}: epoch {last['epoch']}, step {last['step']}"
@@ -656,11 +653,15 @@ def open_data(args, world):
     return train, val, data.class_weights(train.counts, args.class_weights).to(world.device)
 
 
+def unlabelled_of_batch(args):
+    """How many images of each batch have no label."""
+    return round(args.unlabelled_share * args.batch_size) if args.unlabelled else 0
+
+
 def check_batch(args, pairs, world):
     if args.arch == "deeplab" and args.batch_size < 2:
         raise InputError("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images")
-    unlabelled = round(args.unlabelled_share * args.batch_size) if args.unlabelled else 0
-    images = (args.batch_size - unlabelled) * args.accumulate * world.size
+    images = (args.batch_size - unlabelled_of_batch(args)) * args.accumulate * world.size
     if images > pairs:
         raise InputError(f"--batch-size {args.batch_size}: a step takes {images} pairs (x --accumulate x "
                          f"processes), the training split holds {pairs}; lower it")
