@@ -963,7 +963,11 @@ def run_command(main, argv=None):
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # open_image says it in one line
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
         return
+    except BrokenPipeError:                                   # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        raise SystemExit(1) from None
     except CommandError as error:
         message, status = f"error: {error}" if error.status < 128 else str(error), error.status
     except OSError as error:

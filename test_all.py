@@ -2598,6 +2598,17 @@ def test_a_stream_ends_cleanly_at_ctrl_c_and_where_its_reader_closes(untrained):
         assert "Traceback" not in err and "Exception" not in err and "Broken" not in err
 
 
+def test_a_closed_pipe_ends_a_command_without_a_traceback():
+    """As in `python data.py | head`: while it prints, and when all is still in the buffer at the end."""
+    for text in ("'x' * 10 ** 6", "'x'"):
+        script = f"import sys, data; sys.stdin.read(); data.run_command(lambda argv: print({text}))"
+        with start_child("-c", script, stdin=subprocess.PIPE) as child:
+            child.stdout.close()
+            child.stdin.close()
+            assert child.stderr.read() == ""
+        assert child.returncode == 1
+
+
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 def test_a_stream_between_two_ffmpegs(untrained, tmp_path):
     for n in range(3):
