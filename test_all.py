@@ -1514,7 +1514,8 @@ def fit_once(scenes, out, world=ALONE, loss_fn=None, prepare=None, **changes):
     """fit() on the scenes with losses of its own: (model, gradients of the last step, record, optimizer)."""
     argv = flags(**{"data": scenes, "out": out, **B0, "steps": 1, **changes})
     args = distill.make_parser().parse_args(argv)
-    train, val = (data.Split(scenes, name, data.DESERT) for name in ("train", "val"))
+    train = data.Split(scenes, "train", data.DESERT, unlabelled=args.unlabelled)
+    val = data.Split(scenes, "val", data.DESERT)
     torch.manual_seed(0)
     class_weight, model = torch.rand(10) + 0.1, models.build(args.arch, data.DESERT)
     kept: dict = {}
