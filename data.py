@@ -192,6 +192,8 @@ class BatchSampler:
         self.n, self.batch, self.seed, self.start, self.stop = n, batch, seed, start, stop
         self.accumulate, self.rank, self.world, self.odds = accumulate, rank, world, odds
         self.unlabelled, self.unlabelled_images = unlabelled
+        if self.unlabelled and not self.unlabelled_images:
+            raise ValueError(f"{self.unlabelled} unlabelled images per batch, but the split has none")
         self.labelled = batch - self.unlabelled
         self.steps_per_epoch = n // (self.labelled * accumulate * world)
 
@@ -965,9 +967,9 @@ def run_command(main, argv=None):
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return
-    except BrokenPipeError:                                   # `| head` has seen enough
+    except BrokenPipeError:                                   # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        raise SystemExit(1) from None
+        message, status = "stopped: what read the output has closed it", 1
     except CommandError as error:
         message, status = f"error: {error}" if error.status < 128 else str(error), error.status
     except OSError as error:

@@ -630,6 +630,11 @@ def test_unlabelled_images_fill_their_share_of_each_batch():
     assert [key for key in flat(whole) if key[2] < 9] == plain
 
 
+def test_a_share_of_unlabelled_images_that_a_split_lacks_is_refused_at_once():
+    with pytest.raises(ValueError, match="4 unlabelled images per batch, but the split has none"):
+        data.BatchSampler(12, 8, 0, 0, 1, unlabelled=(4, 0))
+
+
 def test_cutmix_moves_image_target_teacher_and_weights_together():
     """Everything holds the number of its cell and image, so that it must agree after the mix."""
     cells = torch.arange(3 * 8 * 8).view(3, 8, 8)
@@ -2606,7 +2611,7 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback():
         with start_child("-c", script, stdin=subprocess.PIPE) as child:
             child.stdout.close()
             child.stdin.close()
-            assert child.stderr.read() == ""
+            assert child.stderr.read() == "stopped: what read the output has closed it\n"
         assert child.returncode == 1
 
 
