@@ -13,9 +13,9 @@
 
     a goes from --alpha's start to its end over the run.
 
-Measured on 203 real pairs at --size 128, 40 epochs from random weights, about 10 minutes on one CPU core:
-mIoU .346 for the student alone, .389 with --alpha 0:0 --init teacher, .320 with the KL of the original. With
-51 labels and 152 images without: .178 alone, .256 with --unlabelled (.github/RESULTS.md).
+Measured on 203 real pairs at --size 256, 40 epochs from random weights: mIoU .353 for the student alone, .402
+with --alpha 0:0 --init teacher, .345 with the KL of the original. With 51 labels and 152 images without: .170
+alone, .278 with --unlabelled (.github/RESULTS.md).
 
 In a notebook: student, history = distill.main("--T 2 --alpha 0.3:0.7".split())
 
