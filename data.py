@@ -89,7 +89,7 @@ def cutmix(batch):
     logits and the pixel weights together."""
     size = batch.image.shape[-1]
     pixels = torch.arange(size, device=batch.image.device)
-    x0, y0, x1, y1 = batch.box.to(batch.image.device).unbind(1)
+    x0, y0, x1, y1 = batch.box.to(batch.image.device, non_blocking=True).unbind(1)
     rows = (pixels >= y0[:, None]) & (pixels < y1[:, None])                          # (B, S)
     columns = (pixels >= x0[:, None]) & (pixels < x1[:, None])
     inside = rows[:, :, None] & columns[:, None, :]                                  # (B, S, S)
@@ -373,7 +373,7 @@ class Split:
 
         The target of an unlabelled image is 0 everywhere; a crop of it is 255 outside the image only."""
         image = read_image(self.images[n], shrink)
-        if n >= len(self):
+        if n >= len(self):                   # not 255 yet: crop() marks what is outside the image with it
             return image, np.zeros(self.sizes[n][::-1], np.uint8)
         return image, self.lookup[read_mask(self.pairs[n][1], self.label_format == "colors")]
 
@@ -705,33 +705,35 @@ def find_label_format(values, paths, classes, flag=None, colors=()):
     indices = {*range(len(classes)), IGNORE}
     union = set().union(*values)
     masks = list(zip(values, paths, strict=True))
-    rgb = next((path for own, path in masks if not own), None)
-    if rgb and flag not in (None, "colors"):
-        raise InputError(f"{rgb}: holds colours, no numbers as --masks {flag} says; say --masks colors")
+    # first: colours or numbers?
+    without_numbers = next((path for own, path in masks if not own), None)
+    if without_numbers and flag not in (None, "colors"):
+        raise InputError(f"{without_numbers}: holds colours, no numbers as --masks {flag} says; say --masks "
+                         "colors")
     unknown_numbers = not union & ids and not union <= indices
-    in_colors = rgb or (unknown_numbers and set().union(*colors) & {*packed_colors(classes)})
+    in_colors = without_numbers or (unknown_numbers and set().union(*colors) & {*packed_colors(classes)})
     if flag == "colors" or (flag is None and in_colors):
         check_colors(values, colors, paths, classes)
         return "colors"
+    # then: are the numbers whole?
     refuse_8_bit_copies(union, paths[0], ids, indices)
     for own, path in masks if flag is None else ():
         refuse_8_bit_copies(own, path, ids, indices, ", or say --masks ids if these are its labels")
+    # last: ids or indices? Ids where one value can be nothing else
+    with_ids = [path for own, path in masks if own & (ids - indices)]
+    with_indices = [path for own, path in masks
+                    if own <= indices and not own <= ids | {IGNORE} and not own & ids]
+    in_both = [v for v in sorted(union & ids) if v < len(classes) and classes[v]["id"] != v]
     if flag is not None:
         label_format = flag
-    elif not union <= indices:
-        label_format = "ids"                                  # perhaps with ids that the table does not know
-        with_indices = [path for own, path in masks if own <= indices and not own <= ids | {IGNORE}]
-        with_ids = [path for own, path in masks if own & (ids - indices)]
-        if with_indices and with_ids:
-            raise InputError(f"{with_indices[0]}: holds class indices where {Path(with_ids[0]).name} holds "
-                             "raw ids; a split must not mix them")
-    elif not union <= ids:
-        label_format = "indices"
-    else:
-        label_format = "ids"
-        if any(classes[v]["id"] != v for v in union if v < len(classes)):
-            raise InputError(f"{paths[0]}: the labels {sorted(union)} are both ids and indices of the class "
-                             "table; say --masks ids or --masks indices")
+    elif with_ids and with_indices:
+        raise InputError(f"{with_indices[0]}: holds class indices where {Path(with_ids[0]).name} holds raw "
+                         "ids; a split must not mix them. If these are ids too, say --masks ids")
+    elif in_both and not with_ids:
+        raise InputError(f"{paths[0]}: the labels {in_both} are both ids and indices of the class table; say "
+                         "--masks ids or --masks indices")
+    else:                                                     # ids perhaps unknown to the table
+        label_format = "indices" if union <= indices and not union <= ids else "ids"
     if not union & (ids if label_format == "ids" else indices - {IGNORE}):
         strange = max(union - {IGNORE} or union)
         path = next(path for own, path in masks if strange in own)
@@ -763,11 +765,12 @@ def check_colors(values, colors, paths, classes):
 def palette_differs(counts, colors, classes):
     """Whether the colours of a palette mask are all the table's, but not those of its numbers' classes.
 
-    counts: (C,) pixels by the numbers; colors: {packed colour: pixels}."""
+    counts: (C,) pixels by the numbers; colors: {packed colour: pixels}, more where an ignored number has the
+    colour of a class, as black in a palette without it."""
     by_number: Counter = Counter()
     for color, pixels in zip(packed_colors(classes), counts.tolist(), strict=True):
         by_number[color] += pixels
-    return colors.keys() <= by_number.keys() and by_number != Counter(colors)
+    return colors.keys() <= by_number.keys() and bool(by_number - Counter(colors))
 
 
 def refuse_8_bit_copies(values, path, ids, indices, otherwise=""):

@@ -40,24 +40,25 @@ from data import InputError, RunError
 from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, hard_loss, hard_weights, ramp,
                     soft_loss, soft_weights)
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
-                    compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
-                    parse_weights, predict, weights_file)
+                    compute_logits, ensemble_weights, head_linears, load_model, old_key,
+                    optimize_for_inference, parse_weights, predict, weights_file)
 from train_teacher import State, as_json, fit, join_processes, open_data, unlabelled_of_batch
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
-ALPHA_TERMS = ("kl", "cwd")                      # weights of losses on logits, which alpha weighs too
-STAGE_TERMS = ("feature", "attention")           # weights of losses on stages, which it does not
 TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 
 
 # ------------------------------------------------------------ targets and loss
 def make_prepare(args, world, train, class_weight, ask_teachers=None):
-    """prepare(batch) as fit() takes it; without `ask_teachers` the student is trained alone."""
+    """prepare(batch) as fit() takes it; without `ask_teachers` the student is trained alone.
+
+    An unlabelled image has the target 0 inside and 255 outside. Its soft weights come from that; then its
+    target becomes 255 everywhere, so that no hard loss counts it."""
     def prepare(batch):
         batch = data.augment_on_device(batch, world.device)
         soft = soft_weights(batch.target)
-        if train.unlabelled:                 # their targets are 0 inside the image, so only now:
-            unlabelled = (batch.indices >= len(train)).to(world.device)[:, None, None]
+        if train.unlabelled:
+            unlabelled = (batch.indices >= len(train)).to(world.device, non_blocking=True)[:, None, None]
             batch = batch._replace(target=batch.target.masked_fill(unlabelled, data.IGNORE))
         weights = {"hard": hard_weights(batch.target, class_weight)}
         if ask_teachers is None:
@@ -146,7 +147,7 @@ def make_ask_teachers(args, world, train, digests, teachers):
         cache.build(ensemble, world, dtype, args.workers)
         return lambda batch: (cache.crops(batch), [])
     network = torch.compile(ensemble) if args.compile else ensemble
-    with_stages = any(getattr(args, term) for term in STAGE_TERMS)
+    with_stages = args.feature or args.attention
 
     @torch.no_grad()
     def ask_teachers(batch):
@@ -182,8 +183,9 @@ def start_from_teacher(student, teachers, head=False):
 
     teacher = next((teacher for teacher in teachers if fits(teacher)), None)
     if teacher is None:
-        raise InputError(f"--init teacher{'-head' * head}: no teacher is a SegFormer with the student's "
-                         f"widths{' and a head as wide' * head}; use imagenet, random or a path")
+        name, what = ("teacher-head", " and a head as wide") if head else ("teacher", "")
+        raise InputError(f"--init {name}: no teacher is a SegFormer with the student's widths{what}; use "
+                         "imagenet, random or a path")
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
     for key in state:
@@ -210,7 +212,7 @@ def copy_head(head, teacher):
     importance = source.classifier.weight.flatten(1).norm(dim=0) * source.batch_norm.weight.abs()
     chosen = importance.topk(width).indices.sort().values
     weights, bias = teacher.merge_head()
-    linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
+    linears = head_linears(head)
     for linear, weight in zip(linears, weights, strict=True):
         linear.proj.weight.copy_(weight[chosen].flatten(1))
         linear.proj.bias.zero_()
@@ -307,7 +309,8 @@ class TeacherCache:
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         cells = torch.stack([x, y, torch.ones_like(x)], -1)  # (h, w, 3) crop coordinates
         places = (batch.affine[:, None, None] * cells[..., None, :]).sum(-1)  # (B, h, w, 2) in the image
-        grid = 2 * places / self.sizes[index].to(device)[:, None, None] - 1  # -1..1, as grid_sample wants
+        sizes = self.sizes[index].to(device, non_blocking=True)
+        grid = 2 * places / sizes[:, None, None] - 1          # -1..1, as grid_sample wants
         crops = []
         for n, own_grid in zip(index, grid, strict=True):
             values = self.values[self.starts[n]:self.starts[n + 1]].reshape(1, *self.shapes[n])
@@ -400,15 +403,14 @@ def parse_alpha(value):
 
 def needs_teachers(args):
     """Whether any term of the loss asks the teachers; if none does, they are not even loaded."""
-    terms = STAGE_TERMS + (ALPHA_TERMS if max(args.alpha) > 0 else ())
-    return any(getattr(args, term) for term in terms)
+    return args.feature or args.attention or (max(args.alpha) > 0 and (args.kl or args.cwd))
 
 
 def check_flags(args):
     """What argparse cannot see, before anything is read."""
     if args.teacher_weights not in ("equal", "auto"):
         parse_weights(args.teacher_weights, len(args.teachers or TEACHER_FILES))
-    with_stages = any(getattr(args, term) for term in STAGE_TERMS)
+    with_stages = args.feature or args.attention
     if args.cache_teachers and with_stages:
         raise InputError("--cache-teachers keeps the teachers' logits only; --feature and --attention need "
                          "the teachers themselves, leave it out")
@@ -487,7 +489,7 @@ def main(argv=()):
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         state = State(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
-        init = state.init(args.init)
+        init = "random" if state.saved else args.init         # saved weights replace the first ones
         first = "random" if init in TEACHER_INITS else init
         student = build(args.arch, train.classes, first, args.init_partial)
         if init in TEACHER_INITS:

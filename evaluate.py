@@ -176,34 +176,32 @@ def make_rows(args, checkpoints, device, dtype):
     checkpoints: [(path, model, meta)]; returns ([row], [(model, sizes, flip)]), see predict_split. With --tta
     each row is followed by one for the mean over the mirrored and scaled images."""
     scales, flip = args.tta or ([1], False)
-    rows, networks, tta_gmacs = [], [], []
+    plain = []                                                # [(row, model, size, GMACs with --tta)]
     stems = [Path(path).stem for path, _, _ in checkpoints]
     for (path, model, meta), stem in zip(checkpoints, stems, strict=True):
         counted = optimize_for_inference(copy.deepcopy(model))
         gmacs = [count_gmacs(counted, data.eval_size(512, 512, 512 * scale)[0]) for scale in scales]
-        tta_gmacs.append((1 + flip) * sum(gmacs))
-        rows.append({"name": stem if stems.count(stem) == 1 else str(path),
-                     "params": sum(p.numel() for p in model.parameters()),
-                     "size": weights_file(path).stat().st_size, "gmacs": gmacs[0]})
+        row = {"name": stem if stems.count(stem) == 1 else str(path),
+               "params": sum(p.numel() for p in model.parameters()),
+               "size": weights_file(path).stat().st_size, "gmacs": gmacs[0]}
         model = optimize_for_inference(model.to(device), dtype)
-        networks.append((model, [args.size or meta["size"]], False))
+        plain.append((row, model, args.size or meta["size"], (1 + flip) * sum(gmacs)))
     if args.ensemble:
         members = [n for n, stem in enumerate(stems) if not stem.startswith(("best_student", "student"))]
         if not members:
             raise InputError("--ensemble: all checkpoints are students; name the teachers too")
         weights = ensemble_weights(args.teacher_weights, [checkpoints[n][2] for n in members])
-        ensemble = Ensemble([networks[n][0] for n in members], weights).to(device)
-        networks.append((ensemble, networks[members[0]][1], False))
-        tta_gmacs.append(sum(tta_gmacs[n] for n in members))
-        totals = {key: sum(rows[n][key] for n in members) for key in ("params", "size", "gmacs")}
-        rows.append({"name": "ensemble", **totals})
-    if args.tta:
-        plain_rows, rows = rows, []
-        for row, gmacs in zip(plain_rows, tta_gmacs, strict=True):
-            rows += [row, {**row, "name": f"{row['name']} + tta", "gmacs": gmacs}]
-        plain_networks, networks = networks, []
-        for model, (size,), _ in plain_networks:
-            networks += [(model, [size], False), (model, [size * scale for scale in scales], flip)]
+        member_rows, models, sizes, tta_gmacs = zip(*(plain[n] for n in members), strict=True)
+        row = {key: sum(row[key] for row in member_rows) for key in ("params", "size", "gmacs")}
+        plain.append(({"name": "ensemble", **row}, Ensemble(models, weights).to(device), sizes[0],
+                      sum(tta_gmacs)))
+    rows, networks = [], []
+    for row, model, size, gmacs in plain:
+        rows.append(row)
+        networks.append((model, [size], False))
+        if args.tta:
+            rows.append({**row, "name": f"{row['name']} + tta", "gmacs": gmacs})
+            networks.append((model, [size * scale for scale in scales], flip))
     names = [file_name(row) for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -218,8 +216,7 @@ def score_rows(args, rows, networks, split, dtype):
     confusions = torch.zeros(len(rows), len(split), len(classes), len(classes), dtype=torch.int64)
     worst: list = [[] for _ in rows]                          # [(mIoU of the image, index, pred)] of each row
     agreeing, pixels = [0] * len(rows), 0
-    # the ensemble's row comes last, before its row with --tta
-    ensemble = len(rows) - (2 if args.tta else 1) if args.ensemble else None
+    ensemble = [row["name"] for row in rows].index("ensemble") if args.ensemble else None
     predictions = predict_split(networks, split, dtype, args.workers)
     for index, target, preds, _ in data.progress_bar(predictions, "scoring", len(split)):
         pixels += target.numel()
@@ -466,7 +463,7 @@ def open_inputs(args):
     if not paths:
         raise InputError(f"no checkpoints: none named, and --out {args.out} holds none of {', '.join(names)}")
     classes = data.load_classes(args.classes) if args.classes else None
-    checkpoints = load_models(paths, args.arch, classes)
+    checkpoints = load_models(paths, classes)
     classes, root = checkpoints[0][2]["classes"], data.find_data(args.data)
     split = data.Split(root, args.split, classes, args.masks, args.out, val_share=args.val_share)
     return checkpoints, split

@@ -93,14 +93,9 @@ def label_files(args, logits, classes, device):
     logits: a function of a PIL RGB image, see image_logits."""
     out = Path(args.out)
     inputs = find_inputs(args.inputs)
-    endings = ["_mask.png"]
-    if not args.no_overlay:
-        endings.append("_overlay.png")
-    if args.raw:
-        endings.append("_ids.png")
-    if args.confidence:
-        endings.append("_confidence.png")
-    stems = output_stems(inputs, out, endings)
+    wanted = {"_mask.png": True, "_overlay.png": not args.no_overlay, "_ids.png": args.raw,
+              "_confidence.png": args.confidence}
+    stems = output_stems(inputs, out, [ending for ending, given in wanted.items() if given])
     raw_ids = np.array([entry["id"] for entry in classes], np.uint16)
     milliseconds, skipped = [], 0
     bar = data.progress_bar(zip(inputs, stems, strict=True), "labelling", len(inputs))
@@ -561,10 +556,8 @@ def make_parser():
     return parser
 
 
-@torch.no_grad()
-def main(argv=()):
-    args = make_parser().parse_args(argv)
-    args.checkpoint = args.checkpoint or ["outputs/best_student.pth"]
+def check_flags(args):
+    """What argparse cannot see, before anything is read."""
     if args.calibrate and not (args.export or "").endswith(".int8.onnx"):
         raise InputError(f"--calibrate {args.calibrate}: is for 8 bits; name --export FILE.int8.onnx")
     if args.shape and not args.export:
@@ -591,9 +584,16 @@ def main(argv=()):
     if args.export and (len(args.checkpoint) > 1 or args.tta or args.tile):
         raise InputError(f"--export {args.export}: takes one network as it is; name one --checkpoint, and no "
                          "--tta or --tile")
+
+
+@torch.no_grad()
+def main(argv=()):
+    args = make_parser().parse_args(argv)
+    args.checkpoint = args.checkpoint or ["outputs/best_student.pth"]
+    check_flags(args)
     device = pick_device("cpu" if args.export else args.device)
     classes = data.load_classes(args.classes) if args.classes else None
-    checkpoints = load_models(args.checkpoint, args.arch, classes)
+    checkpoints = load_models(args.checkpoint, classes)
     _, model, meta = checkpoints[0]
     if args.export:
         export(args, model, meta)

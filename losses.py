@@ -7,8 +7,8 @@ CE and KL are sums over pixels, each times its weight. normalize_weights() in tr
 weights beforehand, so that these sums are weighted means over a whole step, in however many micro-batches and
 processes it is computed. The other losses are means over the images of a batch.
 
-To add a loss: write it here; in distill.py add its term to loss_fn, a flag for its weight, and the flag's
-name to ALPHA_TERMS or STAGE_TERMS.
+To add a loss: write it here; in distill.py add its term to loss_fn, a flag for its weight, and the flag to
+needs_teachers().
 
 Letters: B batch, C classes, H W crop sides, h w = H/4 W/4 (the logits' sides), T temperature.
 Label 255 means "ignore".
@@ -74,7 +74,7 @@ def cwd_loss(z, teacher, weight, T=4.0):
 
     T^2 * KL of each class map's softmax over the cells with a weight; mean over images and classes."""
     keep = (weight > 0).flatten(1)[:, None]                                          # (B, 1, h*w)
-    lowest = torch.finfo(torch.float32).min / 4
+    lowest = torch.finfo(torch.float32).min / 4  # not -inf: an image without a valid cell would give nan
     # log_softmax in float32: softmax().log() gives nan in half precision
     log_s = (z.float() / T).flatten(2).masked_fill(~keep, lowest).log_softmax(2)     # (B, C, h*w)
     log_t = (teacher.float() / T).flatten(2).masked_fill(~keep, lowest).log_softmax(2)

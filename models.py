@@ -10,7 +10,8 @@ SegFormer-B3 47.2 M and 38.5 (77.2), DeepLabV3+ with ResNet50 40.3 M and 69.2, L
 To add an architecture: a module like DeepLabV3Plus below, with its `encoder` and `memory_format`, whose
 forward(x, features=False) gives logits at stride 4 and, with `features`, also a list of four stages, and
 whose last layer is one that is_classifier() knows; then its name in ARCHS, and a branch in build(),
-guess_arch() and load_imagenet(). BatchNorms must follow the convolutions that are defined before them.
+guess_arch() and load_imagenet(). Define each BatchNorm directly after the convolution that feeds it:
+fold_batchnorm() pairs them by that order.
 
 Letters: B batch, C classes, H W pixels of the input, h w = H/4 W/4, K teachers, D width of SegFormer's head.
 """
@@ -139,7 +140,7 @@ class SegFormer(SegformerForSemanticSegmentation):
     def merge_head(self):
         """Four (D, width, 1, 1) weights and a (D,) bias, in float32: bf16 products lose digits."""
         head = self.decode_head
-        linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
+        linears = head_linears(head)
         weights, bias = [], 0
         with torch.autocast(head.linear_fuse.weight.device.type, enabled=False):
             slices = head.linear_fuse.weight.flatten(1).chunk(len(linears), 1)
@@ -147,6 +148,11 @@ class SegFormer(SegformerForSemanticSegmentation):
                 weights.append((piece @ linear.proj.weight)[..., None, None])
                 bias = bias + piece @ linear.proj.bias
         return weights, bias
+
+
+def head_linears(head):
+    """The linear layers of SegFormer's head, one for each stage; transformers 5 renamed them."""
+    return head.linear_c if hasattr(head, "linear_c") else head.linear_projections
 
 
 def build(arch, classes, init="random", partial=False):
@@ -300,20 +306,19 @@ def save_model(path, model, arch, classes, **meta):
     write_atomic(path, lambda file: torch.save(content, file))
 
 
-def load_model(path, arch=None, classes=None, flag=""):
+def load_model(path, classes=None, flag=""):
     """(network in eval mode, meta) from a checkpoint alone, or a SegFormer's folder or hub name; a bare state
-    dict needs `arch`, and `classes` if they are not the desert's.
+    dict needs `classes` if they are not the desert's.
 
     classes: the table wanted, whose names must be the checkpoint's; flag: what named the file, for messages.
     meta: arch, classes, mean, std, size, image_size [w, h], epoch, val_miou, val_iou {class: IoU}, args."""
     state, meta = read_checkpoint(path, flag)
-    found, wanted = guess_arch(state), arch or meta.get("arch")
-    if wanted is None:
-        hint = f" {found}" if found else ""
-        raise InputError(f"{path}: a bare state dict does not say its architecture; give --arch{hint}")
-    if found != wanted:
-        raise InputError(f"{path}: holds {found or 'no network of this project'}, not {wanted}")
-    meta = {"size": 512, "image_size": [960, 540], **meta, "arch": wanted}
+    arch = guess_arch(state)
+    if arch is None:
+        raise InputError(f"{path}: holds no network of this project; name another")
+    if meta.get("arch", arch) != arch:
+        raise InputError(f"{path}: damaged, holds {arch}, not {meta['arch']}; train it again")
+    meta = {"size": 512, "image_size": [960, 540], **meta, "arch": arch}
     meta["val_iou"] = meta.get("val_iou") or {}
     meta["classes"] = checkpoint_classes(path, state, meta, classes)
     sides = meta["image_size"] if isinstance(meta["image_size"], list) else []
@@ -326,16 +331,16 @@ def load_model(path, arch=None, classes=None, flag=""):
     if normalization != (list(MEAN), list(STD)):
         raise InputError(f"{path}: was trained with another normalization {normalization}; train it again "
                          "or name another")
-    model = build(wanted, meta["classes"])
-    load_weights(model, translate(state, model), str(path), wanted)
+    model = build(arch, meta["classes"])
+    load_weights(model, translate(state, model), str(path), arch)
     return model.eval(), meta
 
 
-def load_models(paths, arch=None, classes=None):
+def load_models(paths, classes=None):
     """[(path, network, meta)] of several checkpoints; all must have `classes`, or the first one's table."""
     checkpoints = []
     for path in paths:
-        model, meta = load_model(path, arch, classes)
+        model, meta = load_model(path, classes)
         classes = classes or meta["classes"]
         checkpoints.append((path, model, meta))
     return checkpoints
@@ -345,11 +350,12 @@ def checkpoint_classes(path, state, meta, classes):
     """The class table to use with a checkpoint: `classes` if given, and then the names must be equal.
 
     meta["names"]: of a folder, which has no ids and colours; [] if they are LABEL_0 and so on."""
-    own = check_classes(meta["classes"], str(path)) if "classes" in meta else classes or DESERT
-    wanted = classes or own
+    stored = check_classes(meta["classes"], str(path)) if "classes" in meta else classes or DESERT
+    wanted = classes or stored
+    # `is`: load_classes() without --classes returns DESERT itself, and a user's own table may equal it
     if meta.get("names") == [] and (classes is None or classes is DESERT):
         raise InputError(f"{path}: config.json names no classes; say with --classes FILE which they are")
-    names = meta.get("names") or class_names(own)
+    names = meta.get("names") or class_names(stored)
     for table in (names, wanted):
         if len(table) != count_classes(state):
             raise InputError(f"{path}: has {count_classes(state)} classes, the class table {len(table)}; "
@@ -504,13 +510,14 @@ def load_init(model, arch, classes, init, flag="--init", partial=False):
         load_backbone(model, state, where)
         return
     own, names, found = model.state_dict(), meta.get("names"), guess_arch(state)
+    trained_on = class_names(meta["classes"]) if "classes" in meta else names
     state = translate(state, model)
     if names is not None and not any(key.startswith("decode_head.") for key in state):
         state = {key: value for key, value in state.items() if not is_classifier(key)}  # ImageNet's
         state.update({key: value for key, value in own.items() if key.startswith("decode_head.")})
     elif found != arch:
         raise InputError(f"{where}: holds {found or 'no network of this project'}, not {arch}")
-    elif len(classes) != count_classes(state) or names not in (None, class_names(classes)):
+    elif len(classes) != count_classes(state) or trained_on not in (None, class_names(classes)):
         count = count_classes(state)
         others = f"{count} classes, not {len(classes)}" if count != len(classes) else "classes of other names"
         print(f"{where}: has {others}; its classifier is left out")
@@ -627,10 +634,10 @@ parse_tta.__name__ = "list like flip,0.75,1.25"               # argparse names i
 def add_model_flags(parser, arch=None):
     """Flags of everything that runs a network. arch: the default; None where checkpoints say it."""
     group = parser.add_argument_group("networks")
-    which = "deeplab, lraspp, segformer-b0 to -b5, or segformer, which is b3"
-    group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name),
-                       choices=ARCHS, default=arch, metavar="ARCH",
-                       help=which if arch else f"{which}; only needed for bare state dicts")
+    if arch:
+        group.add_argument("--arch", type=lambda name: {"segformer": "segformer-b3"}.get(name, name),
+                           choices=ARCHS, default=arch, metavar="ARCH",
+                           help="deeplab, lraspp, segformer-b0 to -b5, or segformer, which is b3")
     group.add_argument("--device", default="auto", metavar="auto|cuda|mps|cpu",
                        help="where to compute; auto: the first of cuda, mps, cpu that is available")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",

@@ -268,6 +268,22 @@ def test_masks_that_fit_both_formats_need_the_flag():
     assert data.find_label_format([{0, 1}], ["a.png"], straight) == "ids"
 
 
+def test_ids_from_1_are_never_read_as_indices():
+    """A pixel of value 1 is the first class as an id, and the second as an index."""
+    table = [{"name": f"c{n}", "id": n + 1, "color": [n, 0, 0]} for n in range(5)]
+    paths = ["a.png", "b.png"]
+    for decisive in ([{1, 2, 255}, {3, 4, 5, 255}], [{0, 1, 2}, {0, 3, 4, 5}], [{5}, {1, 255}]):
+        assert data.find_label_format(decisive, paths, table) == "ids"
+    # no 5, which only ids hold: 255 is ignored either way, and 0 may be "no label" or the first class
+    for values in ([{1, 2, 255}, {3, 4, 255}], [{0, 1, 2}, {0, 3, 4}], [{0, 1, 2, 14}, {3, 4}]):
+        with pytest.raises(data.InputError, match="--masks ids or --masks indices"):
+            data.find_label_format(values, paths, table)
+        for flag in ("ids", "indices"):
+            assert data.find_label_format(values, paths, table, flag) == flag
+    with pytest.raises(data.InputError, match=r"a\.png.*must not mix.*--masks ids"):
+        data.find_label_format([{0}, {5}], paths, table)
+
+
 def test_unknown_ids_are_ignored_counted_and_reported_once(copy_of):
     path = min((copy_of / "train" / "Segmentation").iterdir())
     mask = np.asarray(Image.open(path)).copy()
@@ -349,6 +365,21 @@ def test_palette_masks_of_many_classes_and_of_classes_of_one_colour_are_read_as_
             data.index_image(labels, classes).save(path)
         found = data.Split(copy_of, "train", classes)
         assert found.label_format != "colors" and np.array_equal(found.read(0)[1], labels)
+
+
+def test_a_class_may_have_the_colour_of_ignored_numbers_in_a_palette(copy_of, fails, tmp_path):
+    """Numbers outside the palette that infer.py writes are black there, and so is the class "background"."""
+    table = [{"name": n, "id": 50 + i, "color": c} for i, (n, c) in enumerate(
+        (("background", [0, 0, 0]), ("road", [200, 0, 0]), ("bush", [0, 200, 0])))]
+    labels = np.resize(np.array([0, 0, 0, 0, 1, 1, 1, 2, 255, 255], np.uint8), (108, 192))
+    paths = sorted((copy_of / "train" / "Segmentation").iterdir())
+    for path in paths:
+        data.index_image(labels, table).save(path)
+    found = data.Split(copy_of, "train", table)
+    assert found.label_format == "indices" and np.array_equal(found.read(0)[1], labels)
+    (tmp_path / "own.json").write_text(json.dumps(table))
+    data.index_image(labels, table[::-1]).save(paths[0])      # the same numbers in other classes' colours
+    fails(data.main, flags(data=copy_of, classes=tmp_path / "own.json", out=tmp_path), paths[0], "palette")
 
 
 def test_unknown_colours_are_ignored_counted_and_reported(split, copy_of):
@@ -1007,14 +1038,31 @@ def test_a_run_saved_in_either_spelling_resumes_with_the_same_bits(spelling, sce
     assert states_equal(resumed.state_dict(), whole.state_dict())
 
 
-def test_bare_state_dict_loads_with_arch(tmp_path, fails, scenes):
-    model = models.build("segformer-b0", data.DESERT)
-    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "bare.pth")
-    loaded, _ = models.load_model(tmp_path / "bare.pth", "segformer-b0", data.DESERT)
-    assert states_equal(loaded.state_dict(), model.state_dict())
-    argv = flags(next((scenes / "val" / "Color_Images").iterdir()), checkpoint=tmp_path / "bare.pth")
-    fails(infer.main, argv, "--arch segformer-b0")
-    fails(infer.main, [*argv, "--arch", "deeplab"], "holds segformer-b0, not deeplab")
+def test_bare_state_dict_says_its_architecture(tmp_path, fails, scenes):
+    path = tmp_path / "bare.pth"
+    for arch in ("segformer-b0", "segformer-b1", "deeplab", "lraspp"):
+        model = models.build(arch, data.DESERT)
+        torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, path)
+        loaded, meta = models.load_model(path)
+        assert states_equal(loaded.state_dict(), model.state_dict()) and meta["arch"] == arch
+    argv = flags(next((scenes / "val" / "Color_Images").iterdir()), checkpoint=path)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    fails(infer.main, argv, "no network of this project", "another")
+    models.save_model(path, model, "deeplab", data.DESERT)
+    fails(infer.main, argv, "holds lraspp, not deeplab")
+
+
+def test_checkpoint_of_other_classes_as_init_leaves_out_the_classifier(tmp_path, capsys):
+    path, classes = tmp_path / "a.pth", data.DESERT
+    source = models.build("segformer-b0", classes)
+    source.decode_head.classifier.bias.data += 1              # a new one's is 0
+    models.save_model(path, source, "segformer-b0", classes)
+    renamed = [{**entry, "name": entry["name"][::-1]} for entry in classes]
+    for table, said in ((classes, 0), (renamed, 1)):
+        own = models.build("segformer-b0", table, str(path)).state_dict()
+        assert capsys.readouterr().out.count("classes of other names; its classifier is left out") == said
+        for key, value in source.state_dict().items():
+            assert torch.equal(own[key], value) == (not said or not key.startswith("decode_head.classifier"))
 
 
 def test_folder_of_mit_weights_arrives_whole(tmp_path, fails, scenes):
@@ -1072,9 +1120,7 @@ def test_lraspp_of_other_classes_as_init_leaves_out_both_classifiers(tmp_path, c
             for kind in ("weight", "bias")}
     assert left_out == both and all(len(own[key]) == 10 for key in both)
     with pytest.raises(data.InputError, match="has 21 classes, the class table 10"):
-        models.load_model(path, "lraspp", data.DESERT)
-    with pytest.raises(data.InputError, match="holds lraspp, not deeplab"):
-        models.load_model(path, "deeplab", data.DESERT)
+        models.load_model(path, data.DESERT)
     torch.save(stock_lraspp(10).state_dict(), path)
     own = models.build("lraspp", data.DESERT, str(path)).state_dict()
     assert states_equal(own, torch.load(path, weights_only=True)) and not capsys.readouterr().out
@@ -2257,6 +2303,23 @@ def test_ten_bad_gradients_in_a_row_stop_the_run_and_keep_the_state(scenes, tmp_
     line = fails(train_teacher.main, argv, "not finite", "step 20", "hard nan", "scene00", "--lr", status=1)
     assert line.count("scene00") == 4 and len(calls) == 20
     assert all(v.isfinite().all() for v in weights_of(tmp_path / "checkpoints" / "segformer-b0.pth").values())
+
+
+def test_signal_while_a_file_is_decoded_is_no_damaged_file(scenes, tmp_path, monkeypatch):
+    argv = flags(data=scenes, **B0, out=tmp_path, epochs=2)
+    once = Image.Image.convert
+
+    def convert(image, *args):
+        if sys._getframe(1).f_code.co_name == "read_image" and validating:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return once(image, *args)
+    validating: list = []
+    validate = train_teacher.validate
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    monkeypatch.setattr(train_teacher, "validate", lambda *a: validating.append(1) or validate(*a))
+    with pytest.raises(train_teacher.Stopped) as stop:
+        train_teacher.main(argv)
+    assert stop.value.status == 143 and validating == [1]
 
 
 def test_an_epoch_without_a_finite_gradient_fails(scenes, tmp_path, monkeypatch, fails):

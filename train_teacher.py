@@ -55,10 +55,9 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
     class_weight: (C,) of the hard loss, for the validation loss
     adapters: a module that is trained too but is no part of the checkpoint"""
     device, dtype, started = world.device, amp_dtype(args.amp, world.device), time.time()
+    adapters = nn.ModuleList() if adapters is None else adapters
     # an epoch is one pass over the pairs; unlabelled images fill their share of each batch
-    unlabelled = unlabelled_of_batch(args)
-    step_images = args.batch_size * args.accumulate * world.size
-    steps_per_epoch = len(train) // ((args.batch_size - unlabelled) * args.accumulate * world.size)
+    unlabelled, steps_per_epoch = unlabelled_of_batch(args), len(train) // pairs_per_step(args, world)
     total = min(args.epochs * steps_per_epoch, args.steps or math.inf)
 
     model, network = to_training(model, args, world, adapters)
@@ -76,6 +75,7 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
                               world.rank, world.size, odds, (unlabelled, train.unlabelled))
     dataset = data.TrainDataset(train, args.size, args.seed, args.cutmix)
     loader = data.load(dataset, order, args.workers, device.type == "cuda")
+    step_images = args.batch_size * args.accumulate * world.size
     clock, signals, saved_at = Clock(device, step_images), Signals(), time.monotonic()
     nonfinite_in_a_row = torch.zeros((), device=device)
     bar = data.progress_bar(None, state.name, total, initial=state.step, leave=True, delay=0,
@@ -91,8 +91,8 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
                   **clock.read()}
         if record["loss"] is None and state.step == total:
             raise RunError(f"{state.name}: none of the {record['skipped']:.0f} gradients of the last epoch "
-                           "was finite; lower --lr or the weights of the losses, or use --amp off or bf16. "
-                           "The last saved state is kept")
+                           "was finite; lower --lr or the weights of the losses, or use --amp off or bf16, "
+                           f"with --init {state.last_path}, the last saved state, and another --out")
         scores = None
         if record["epoch"] % args.eval_every == 0 or state.step == total:
             with signals.raised_at_once(world.size == 1):     # several processes must stop at the same step
@@ -104,9 +104,10 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
         report(state, train.classes, names, bar)
         clock.restart()
 
-    with signals, bar, out_of_memory_error(args):
+    with signals, bar, out_of_memory_error(args, state):
         try:
-            if epoch_ends() and state.step > state.recorded_step():
+            recorded = state.history[-1]["step"] if state.history else 0
+            if epoch_ends() and state.step > recorded:
                 end_epoch()                                   # the last command was stopped in its validation
             while state.step < total:
                 rate = learning_rate(state.step, total, args.lr)
@@ -133,8 +134,8 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
 
                 scaler.unscale_(optimizer)
                 finite = nn.utils.clip_grad_norm_(parameters, 1.0).isfinite()
-                # as GradScaler does: fused AdamW skips the step where found_inf is 1. Decided on the device,
-                # so that nothing waits; but MPS' AdamW does not look at it
+                # fused AdamW reads `found_inf`, as GradScaler sets it: 1 skips the step. So the device
+                # decides, and the CPU need not wait to know. MPS' AdamW ignores it, so there we wait
                 optimizer.found_inf = (~finite).float()
                 if device.type != "mps" or finite:
                     optimizer.step()
@@ -179,11 +180,10 @@ def learning_rate(step, total, peak):
     return peak * min(1.0, (step + 1) / warmup) * (1 - step / total)
 
 
-def parameter_groups(model, lr, adapters=None):
+def parameter_groups(model, lr, adapters):
     """AdamW groups: head and adapters at ten times the encoder's rate, no decay on norms and biases."""
-    named = [*model.named_parameters(), *(adapters.named_parameters() if adapters is not None else ())]
     groups: dict = {}
-    for name, parameter in named:
+    for name, parameter in (*model.named_parameters(), *adapters.named_parameters()):
         factor = 1 if name.startswith(model.encoder) else 10
         decay = 0.01 if parameter.ndim > 1 else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
@@ -191,12 +191,11 @@ def parameter_groups(model, lr, adapters=None):
             for (factor, decay), group in groups.items()]
 
 
-def to_training(model, args, world, adapters=None):
+def to_training(model, args, world, adapters):
     """(model, network): the model on the device, in training mode, and what the loss calls, which is the
     model itself, or wrapped in DistributedDataParallel, or compiled."""
     model.to(world.device, memory_format=model.memory_format).train()
-    if adapters is not None:
-        adapters.to(world.device).train()
+    adapters.to(world.device).train()
     network = model
     if world.size > 1:
         gpu = world.device.type == "cuda"
@@ -204,7 +203,7 @@ def to_training(model, args, world, adapters=None):
         devices = [world.device.index] if gpu else None
         network = DistributedDataParallel(model, devices, broadcast_buffers=False)
         # adapters are no part of the network that DistributedDataParallel wraps
-        for parameter in adapters.parameters() if adapters is not None else ():
+        for parameter in adapters.parameters():
             parameter.register_hook(lambda gradient: world.sum(gradient) / world.size)
     if args.compile:
         world.print("--compile: the first step takes minutes (2 for SegFormer-B0 on one core)")
@@ -213,17 +212,18 @@ def to_training(model, args, world, adapters=None):
 
 
 def normalize_weights(batches, world):
-    """Scales each kind of pixel weights in place, so that over the micro-batches and processes of the step
-    its sum is 1 on average.
+    """Scales each kind of the batches' pixel weights, so that over the micro-batches and processes of the
+    step its sum is 1 on average.
 
-    A loss that sums over weighted pixels is then a mean over the whole step: two half batches, or two
-    processes with half a batch each, give the gradient of the whole."""
+    A loss that sums over weighted pixels is then a mean over the whole step, since fit() divides it by the
+    micro-batches and DistributedDataParallel by the processes: two half batches, or two processes with half
+    a batch each, give the gradient of the whole."""
     names = sorted(batches[0].weights)
     sums = world.sum(torch.stack([sum(batch.weights[name].sum() for batch in batches) for name in names]))
-    averages = (sums / (len(batches) * world.size)).clamp(min=1e-8)
+    mean_sums = (sums / (len(batches) * world.size)).clamp(min=1e-8)
     for batch in batches:
-        for name, average in zip(names, averages, strict=True):
-            batch.weights[name] = batch.weights[name] / average
+        for name, mean_sum in zip(names, mean_sums, strict=True):
+            batch.weights[name] = batch.weights[name] / mean_sum
 
 
 @torch.no_grad()
@@ -355,8 +355,7 @@ class State:
             if not self.done:
                 optimizer.load_state_dict(training["optimizer"])
                 scaler.load_state_dict(training["scaler"])
-                if adapters is not None:
-                    adapters.load_state_dict(training["adapters"])
+                adapters.load_state_dict(training["adapters"])
                 self.world.print(f"{name}: resumes after step {self.step} of {header['run']['steps']}")
             for key, value in self.sums.items():  # saved as sums over processes: rank 0 takes them
                 self.sums[key] = (value if self.world.rank == 0 else torch.zeros_like(value)).to(device)
@@ -384,7 +383,7 @@ class State:
                     "header": self.header, "settings": self.settings}
         if not self.done:
             training["optimizer"], training["scaler"] = self.optimizer.state_dict(), self.scaler.state_dict()
-            training["adapters"] = self.adapters.state_dict() if self.adapters is not None else {}
+            training["adapters"] = self.adapters.state_dict()
         if self.world.rank == 0:
             self.write(self.last_path, training=training)
 
@@ -392,13 +391,6 @@ class State:
         last = self.history[-1] if self.history else {}
         save_model(path, self.model, **self.meta, epoch=last.get("epoch", 0), val_miou=last.get("val_miou"),
                    val_iou=last.get("val_iou") or {}, **extra)
-
-    def init(self, flag):
-        """--init, or "random" where saved weights will replace the first ones anyway."""
-        return "random" if self.saved else flag
-
-    def recorded_step(self):
-        return self.history[-1]["step"] if self.history else 0
 
     def result(self):
         return f"last mIoU {self.history[-1]['val_miou']:.4f}, best {self.best:.4f}"
@@ -530,6 +522,7 @@ class World(NamedTuple):
     @contextlib.contextmanager
     def rank_0_first(self):
         """Rank 0 runs the block before the others do. If it fails, the other ranks exit without a message."""
+        # all meet in max(): the others at once, rank 0 after its block, with whether it failed
         if self.rank > 0 and self.max(0)[0]:
             raise SystemExit(2)
         failed = True
@@ -562,8 +555,9 @@ def join_processes(device_flag):
             dist.destroy_process_group()
 
 
-class Interrupt(Exception):
-    """A signal that arrived, at a moment when training can stop."""
+class Interrupt(BaseException):
+    """A signal that arrived, at a moment when training can stop. No `except Exception` must catch it: it may
+    arrive while a file is decoded."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -618,20 +612,21 @@ def nonfinite_error(state, parts, batches, train):
     names = [train.images[n].name for batch in batches for n in batch.indices.tolist()]
     return RunError(f"{state.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at "
                     f"step {state.step} ({values}; images {' '.join(names)}); lower --lr or use --amp off or "
-                    f"bf16. The last good state is kept in {state.last_path}")
+                    f"bf16, with --init {state.last_path}, the last good state, and another --out")
 
 
 @contextlib.contextmanager
-def out_of_memory_error(args):
+def out_of_memory_error(args, state):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "allocate memory" not in str(error):
             raise
+        after = f". What was saved is kept: name --init {state.last_path} and another --out"
         raise RunError(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them, "
-                       f"and raise --accumulate (now {args.accumulate}) to keep the batch. What was saved is "
-                       "kept") from None
+                       f"and raise --accumulate (now {args.accumulate}) to keep the batch"
+                       f"{after if state.step else ''}") from None
 
 
 def open_data(args, world):
@@ -658,13 +653,17 @@ def unlabelled_of_batch(args):
     return round(args.unlabelled_share * args.batch_size) if args.unlabelled else 0
 
 
+def pairs_per_step(args, world):
+    return (args.batch_size - unlabelled_of_batch(args)) * args.accumulate * world.size
+
+
 def check_batch(args, pairs, world):
     if args.arch == "deeplab" and args.batch_size < 2:
         raise InputError("--batch-size 1: DeepLab's BatchNorm after global pooling needs at least 2 images")
-    images = (args.batch_size - unlabelled_of_batch(args)) * args.accumulate * world.size
-    if images > pairs:
-        raise InputError(f"--batch-size {args.batch_size}: a step takes {images} pairs (x --accumulate x "
-                         f"processes), the training split holds {pairs}; lower it")
+    need = pairs_per_step(args, world)
+    if need > pairs:
+        raise InputError(f"--batch-size {args.batch_size}: a step takes {need} pairs (x --accumulate x "
+                         f"processes), the training split holds {pairs}; lower it or --accumulate")
 
 
 def add_train_flags(parser):
@@ -713,7 +712,8 @@ def main(argv=()):
         train, val, class_weight = open_data(args, world)
         state = State(TEACHER_NAMES.get(args.arch, args.arch), args, world, train, val)
         torch.manual_seed(args.seed)
-        model = build(args.arch, train.classes, state.init(args.init), args.init_partial)
+        init = "random" if state.saved else args.init         # saved weights replace the first ones
+        model = build(args.arch, train.classes, init, args.init_partial)
 
         def prepare(batch):
             batch = data.augment_on_device(batch, world.device)
