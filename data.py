@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 IGNORE = 255
@@ -253,12 +254,7 @@ def eval_image(image, size):
 
 def resized_image(image, width, height):
     """PIL RGB -> uint8 (1, 3, height, width), smoothed where it shrinks."""
-    return to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))[None]
-
-
-def to_tensor(image):
-    """PIL RGB -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)).contiguous()[None]
 
 
 def load(dataset, order, workers, pin_memory):
@@ -393,7 +389,7 @@ class Split:
                                 Image.Resampling.BILINEAR, fillcolor=tuple(round(255 * m) for m in MEAN))
         mask = Image.fromarray(target).transform((size, size), Image.Transform.AFFINE, tuple(affine.ravel()),
                                                  Image.Resampling.NEAREST, fillcolor=IGNORE)
-        return to_tensor(image), torch.from_numpy(np.array(mask))
+        return pil_to_tensor(image).contiguous(), torch.from_numpy(np.array(mask))
 
 
 def lookup_table(classes, label_format):

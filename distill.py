@@ -495,8 +495,8 @@ def main(argv=()):
         if init in TEACHER_INITS:
             start_from_teacher(student, [model for model, _ in teachers], init == "teacher-head")
         if args.init == "random" and not args.unlabelled and needs_teachers(args):
-            world.print("note: from random weights, with a label on every image, these losses made no student "
-                        "better than training alone; --init teacher does, and so does --unlabelled DIR")
+            world.print("note: from random weights, with a label on every image, these losses made no "
+                        "student better than alone; --init teacher does, and so does --unlabelled DIR")
         adapters = make_adapters(student, [model for model, _ in teachers]) if args.feature else None
         ask_teachers = None
         if needs_teachers(args) and not state.done:           # a finished run needs no cache

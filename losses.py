@@ -96,14 +96,14 @@ def feature_loss(student, teacher):
 def attention_loss(student, teacher):
     """Attention transfer (Zagoruyko and Komodakis 2017, equation 2); (B, width, h, w) of any widths.
 
-    The squared distance of normalized energy maps, summed over positions, mean over images."""
-    student = energy(student)
-    teacher = resized(energy(teacher), student)
+    The squared distance of normalized attention maps, summed over positions, mean over images."""
+    student = attention_map(student)
+    teacher = resized(attention_map(teacher), student)
     student, teacher = F.normalize(student.flatten(1), dim=1), F.normalize(teacher.flatten(1), dim=1)
     return (student - teacher).square().sum(1).mean()
 
 
-def energy(stage):
+def attention_map(stage):
     """(B, width, h, w) -> (B, 1, h, w): mean square over the channels."""
     return stage.float().square().mean(1, keepdim=True)
 
