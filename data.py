@@ -77,31 +77,6 @@ def random_jitter(rng):
     return np.array([*rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)])
 
 
-def random_box(rng, size):
-    """CutMix's box (Yun et al. 2019): its area is uniform in 0..1 of the crop. Sides and corner are multiples
-    of 4, so that the box is whole cells of the logits."""
-    side = int(np.sqrt(rng.random()) * size / 4) * 4
-    x, y = 4 * rng.integers(0, (size - side) // 4, 2, endpoint=True)
-    return [int(x), int(y), int(x) + side, int(y) + side]
-
-
-def cutmix(batch):
-    """Fills each image's box with that part of its neighbour in the batch: image, target, the teachers'
-    logits and the pixel weights together."""
-    size = batch.image.shape[-1]
-    pixels = torch.arange(size, device=batch.image.device)
-    x0, y0, x1, y1 = batch.box.to(batch.image.device, non_blocking=True).unbind(1)
-    rows = (pixels >= y0[:, None]) & (pixels < y1[:, None])                          # (B, S)
-    columns = (pixels >= x0[:, None]) & (pixels < x1[:, None])
-    inside = rows[:, :, None] & columns[:, None, :]                                  # (B, S, S)
-
-    def mix(x):
-        mask = inside[:, ::4, ::4] if x.shape[-1] < size else inside
-        return x.roll(1, 0).where(mask[:, None] if x.ndim == 4 else mask, x)
-    return batch._replace(image=mix(batch.image), target=mix(batch.target), teacher=mix(batch.teacher),
-                          weights={name: mix(weight) for name, weight in batch.weights.items()})
-
-
 def color_jitter(image, jitter):
     """Brightness, contrast, saturation and hue, in this order, as one 3x3 matrix and one offset per image.
 
@@ -141,19 +116,16 @@ class Batch(NamedTuple):
     affine: torch.Tensor                     # (B, 2, 3) float32: crop -> image coordinates
     jitter: torch.Tensor                     # (B, 4) float32, see random_jitter
     indices: torch.Tensor                    # (B,) which images of the split, see Split.images
-    box: torch.Tensor | None = None          # (B, 4) x0, y0, x1, y1 of what CutMix replaces, in pixels
     weights: dict | None = None              # {"hard": (B, S, S), "soft": (B, S/4, S/4), ..} pixel weights
     teacher: torch.Tensor | None = None      # (B, C, S/4, S/4) float32 logits of the ensemble
     teacher_stages: list | None = None       # for each teacher its list of stages
 
 
 class TrainDataset(Dataset):
-    """Augmented crops by key (epoch, position in the epoch, index): the same for any number of workers.
+    """Augmented crops by key (epoch, position in the epoch, index): the same for any number of workers."""
 
-    cutmix: how often a sample gets a box, see random_box."""
-
-    def __init__(self, split, size, seed, cutmix=0.0):
-        self.split, self.size, self.seed, self.cutmix = split, size, seed, cutmix
+    def __init__(self, split, size, seed):
+        self.split, self.size, self.seed = split, size, seed
 
     def __getitem__(self, key):
         epoch, position, index = key
@@ -164,13 +136,8 @@ class TrainDataset(Dataset):
             image, target = self.split.crop(index, self.size, affine)
         except InputError as error:
             return error                     # returned, not raised: DataLoader would wrap it in a traceback
-        box = [0, 0, 0, 0]
-        if self.cutmix:                      # from draws of its own: the crops are the same without it
-            rng = np.random.default_rng(seed_for("cutmix", self.seed, epoch, position))
-            if rng.random() < self.cutmix:
-                box = random_box(rng, self.size)
         return (image, target, torch.from_numpy(affine).float(), torch.from_numpy(jitter).float(),
-                torch.tensor(index), torch.tensor(box))
+                torch.tensor(index))
 
 
 def augment_on_device(batch, device):

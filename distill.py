@@ -67,13 +67,9 @@ def make_prepare(args, world, train, class_weight, ask_teachers=None):
         teacher, stages = ask_teachers(batch)
         if args.soft_weights == "balanced":
             weights["soft"] = weights["soft"] * balanced_weights(teacher, class_weight)
-        if args.confidence_threshold:
-            weights["soft"] = weights["soft"] * (teacher.softmax(1).amax(1) >= args.confidence_threshold)
         if train.unlabelled:
             weights["soft_unlabelled"] = weights["soft"] * unlabelled
-        batch = batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
-        # last: the teachers label whole scenes, and their answers are mixed as the images are
-        return data.cutmix(batch) if args.cutmix else batch
+        return batch._replace(weights=weights, teacher=teacher, teacher_stages=stages)
     return prepare
 
 
@@ -414,11 +410,9 @@ def check_flags(args):
     if args.cache_teachers and with_stages:
         raise InputError("--cache-teachers keeps the teachers' logits only; --feature and --attention need "
                          "the teachers themselves, leave it out")
-    if args.cutmix and with_stages:
-        raise InputError("--cutmix mixes logits only; --feature and --attention cannot follow, leave it out")
-    if (args.cutmix or args.unlabelled) and not needs_teachers(args):
-        flag = "--cutmix" if args.cutmix else "--unlabelled"
-        raise InputError(f"{flag}: without a soft loss it does nothing; raise --alpha, or the loss's weight")
+    if args.unlabelled and not needs_teachers(args):
+        raise InputError("--unlabelled: without a soft loss it does nothing; raise --alpha, or the loss's "
+                         "weight")
     if args.unlabelled and not 0 < unlabelled_of_batch(args) < args.batch_size:
         raise InputError(f"--unlabelled-share {args.unlabelled_share}: of --batch-size {args.batch_size} "
                          "at least one image must have labels, and one none; change one of the two")
@@ -451,8 +445,6 @@ def make_parser():
                        help="of the pixels in KL; balanced: with the class balance of the hard loss")
     group.add_argument("--hard-weight", choices=["ramp", "constant"], default="ramp",
                        help="of the hard loss: 1 - alpha, or 1")
-    group.add_argument("--confidence-threshold", type=number(float, 0, 1), default=0.0, metavar="P",
-                       help="soft losses leave out pixels whose teachers are less sure")
     group.add_argument("--cwd", type=number(float, 0, 1e6), default=0.0,
                        help="weight of the channel-wise loss, at temperature 4 (Shu et al. 2021)")
     group.add_argument("--feature", type=number(float, 0, 1e6), default=0.0,
@@ -468,8 +460,6 @@ def make_parser():
     group.add_argument("--unlabelled", nargs="+", default=[], metavar="DIR",
                        help="folders of images without masks: the teachers label them")
     group.add_argument("--unlabelled-share", type=number(float, 0, 1), default=0.5, help="of each batch")
-    group.add_argument("--cutmix", type=number(float, 0, 1), default=0.0, metavar="P",
-                       help="how often an image gets a box of another one (Yun et al. 2019)")
     group = parser.add_argument_group("instead of a run")
     group.add_argument("--demo", action="store_true",
                        help="draw scenes and train all three networks in miniature, with settings of its own")

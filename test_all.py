@@ -666,35 +666,6 @@ def test_a_share_of_unlabelled_images_that_a_split_lacks_is_refused_at_once():
         data.BatchSampler(12, 8, 0, 0, 1, unlabelled=(4, 0))
 
 
-def test_cutmix_moves_image_target_teacher_and_weights_together():
-    """Everything holds the number of its cell and image, so that it must agree after the mix."""
-    cells = torch.arange(3 * 8 * 8).view(3, 8, 8)
-    pixels = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)                   # 32 x 32
-    box = torch.tensor([[0, 0, 0, 0], [8, 4, 20, 16], [0, 0, 32, 32]])
-    image = pixels[:, None].expand(-1, 3, -1, -1).float()
-    teacher = cells[:, None].expand(-1, 5, -1, -1).float()
-    weights = {"hard": pixels.float(), "soft": cells.float()}
-    batch = data.Batch(image, pixels, None, None, None, box, weights, teacher)
-    mixed = data.cutmix(batch)
-    assert torch.equal(mixed.target[0], pixels[0]) and torch.equal(mixed.target[2], pixels[1])
-    inside = torch.zeros(32, 32, dtype=torch.bool)
-    inside[4:16, 8:20] = True
-    assert torch.equal(mixed.target[1], torch.where(inside, pixels[0], pixels[1]))
-    for k in range(3):
-        assert torch.equal(mixed.image[:, k], mixed.target.float())
-    assert torch.equal(mixed.weights["hard"], mixed.target.float())
-    assert torch.equal(mixed.weights["soft"], mixed.target[:, ::4, ::4].float())
-    assert torch.equal(mixed.teacher[:, 4], mixed.weights["soft"])
-
-
-def test_random_boxes_are_whole_cells_of_any_size():
-    boxes = np.array([data.random_box(np.random.default_rng(n), 64) for n in range(500)])
-    assert (boxes % 4 == 0).all() and boxes.min() >= 0 and boxes.max() <= 64
-    sides = boxes[:, 2] - boxes[:, 0]
-    assert (sides == boxes[:, 3] - boxes[:, 1]).all() and sides.min() < 8 and sides.max() > 56
-    assert (sides**2 / 64**2).mean() == pytest.approx(0.45, abs=0.05)                # uniform, rounded down
-
-
 def test_sampling_odds_prefer_rare_classes_and_are_deterministic():
     counts = torch.tensor([[90, 10, 0], [100, 0, 0], [100, 0, 0], [95, 0, 5]])
     odds = data.sampling_odds(counts)
@@ -768,7 +739,7 @@ def test_hard_loss_equals_torchs_at_full_size():
 def test_hard_loss_of_nothing_valid_is_zero_with_zero_gradient():
     z, target = torch.randn(1, 3, 2, 2, requires_grad=True), torch.full((1, 8, 8), 255)
     weights = {"hard": losses.hard_weights(target, torch.ones(3))}
-    batch = data.Batch(None, None, None, None, None, weights=weights)
+    batch = data.Batch(None, None, None, None, None, weights)
     train_teacher.normalize_weights([batch], ALONE)
     loss = losses.hard_loss(z, target, batch.weights["hard"])
     loss.backward()
@@ -1610,7 +1581,7 @@ def unlabelled(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["labelled", "unlabelled"])
 def test_two_half_batches_equal_one_whole(how, scenes, unlabelled, tmp_path):
-    changes = {"unlabelled": unlabelled, "soft_weights": "balanced", "confidence_threshold": 0.3}
+    changes = {"unlabelled": unlabelled, "soft_weights": "balanced"}
     changes = changes if how == "unlabelled" else {}
     whole = fit_once(scenes, tmp_path / "whole", batch_size=4, **changes)
     halves = fit_once(scenes, tmp_path / "halves", batch_size=2, accumulate=2, **changes)
@@ -1637,10 +1608,6 @@ def test_an_unlabelled_image_changes_no_hard_loss_and_counts_for_the_soft_one(sc
     z = torch.randn(2, 10, 16, 16, requires_grad=True)
     losses.hard_loss(z, ready.target, ready.weights["hard"]).backward()
     assert (z.grad[1] == 0).all() and (z.grad[0] != 0).any()
-    sure = teacher.softmax(1).amax(1) >= 0.3
-    args.confidence_threshold = 0.3
-    confident = prepare(batch).weights["soft"]
-    assert torch.equal(confident, ready.weights["soft"] * sure) and 0 < sure.sum() < sure.numel()
 
 
 def gradients_of_a_process(rank, scenes, folder, port):
@@ -2186,9 +2153,8 @@ def test_damaged_records_of_a_run(scenes, tmp_path, fails):
     fails(train_teacher.main, argv, "checkpoints", "--overwrite")
 
 
-def test_unlabelled_images_and_cutmix_resume_with_the_same_bits(trained, scenes, unlabelled, tmp_path,
-                                                                monkeypatch):
-    how = {"unlabelled": unlabelled, "cutmix": 0.7, "soft_weights": "balanced", "hard_weight": "constant",
+def test_unlabelled_images_resume_with_the_same_bits(trained, scenes, unlabelled, tmp_path, monkeypatch):
+    how = {"unlabelled": unlabelled, "soft_weights": "balanced", "hard_weight": "constant",
            "teachers": trained[1][1], "cache_teachers": True, "epochs": 2}
 
     def argv(out):
@@ -3087,11 +3053,9 @@ BAD_FLAGS = {                                    # words in capitals stand for p
     "unlabelled nowhere": (kd(unlabelled="nowhere", teachers="DEEPLAB"),
                            ["--unlabelled nowhere", "no such folder"]),
     "unlabelled empty": (kd(unlabelled="FOLDER", teachers="DEEPLAB"), ["--unlabelled", "holds no images"]),
-    "cutmix alone": (kd(cutmix=0.5, alpha=0), ["--cutmix", "--alpha"]),
     "unlabelled alone": (kd(unlabelled="FOLDER", alpha=0), ["--unlabelled", "--alpha"]),
     "unlabelled share": (kd(unlabelled="FOLDER", unlabelled_share=1),
                          ["--unlabelled-share 1", "--batch-size 8"]),
-    "cutmix and features": (kd(cutmix=0.5, feature=1, teachers="DEEPLAB"), ["--cutmix", "--feature"]),
     "no checkpoints": (scores("nowhere.pth"), ["nowhere.pth", "no such file"]),
     "ensemble of the wrong length": (scores("DEEPLAB", ensemble=True, teacher_weights="1:2"),
                                      ["--teacher-weights 1:2"]),

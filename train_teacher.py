@@ -73,7 +73,7 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
     odds = data.sampling_odds(train.counts) if args.rare_class_sampling else None
     order = data.BatchSampler(len(train), args.batch_size, args.seed, state.step, total, args.accumulate,
                               world.rank, world.size, odds, (unlabelled, train.unlabelled))
-    dataset = data.TrainDataset(train, args.size, args.seed, args.cutmix)
+    dataset = data.TrainDataset(train, args.size, args.seed)
     loader = data.load(dataset, order, args.workers, device.type == "cuda")
     step_images = args.batch_size * args.accumulate * world.size
     clock, signals, saved_at = Clock(device, step_images), Signals(), time.monotonic()
@@ -697,7 +697,7 @@ def add_train_flags(parser):
                        help="minutes between two saved states")
     group.add_argument("--overwrite", action="store_true", help="start again where a run exists")
     group.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
-    parser.set_defaults(unlabelled=[], unlabelled_share=0.0, cutmix=0.0)             # flags of distill.py
+    parser.set_defaults(unlabelled=[], unlabelled_share=0.0)  # flags of distill.py
 
 
 def main(argv=()):
