@@ -40,12 +40,11 @@ from data import InputError, RunError
 from losses import (attention_loss, balanced_weights, cwd_loss, feature_loss, hard_loss, hard_weights, ramp,
                     soft_loss, soft_weights)
 from models import (TEACHER_NAMES, Ensemble, SegFormer, add_model_flags, amp_dtype, autocast, build,
-                    compute_logits, ensemble_weights, head_linears, load_model, old_key,
-                    optimize_for_inference, parse_weights, predict, weights_file)
+                    compute_logits, ensemble_weights, load_model, old_key, optimize_for_inference,
+                    parse_weights, predict, weights_file)
 from train_teacher import State, as_json, fit, join_processes, open_data, unlabelled_of_batch
 
 TEACHER_FILES = [f"{name}.pth" for name in TEACHER_NAMES.values()]
-TEACHER_INITS = ("teacher", "teacher-head")      # values of --init
 
 
 # ------------------------------------------------------------ targets and loss
@@ -167,21 +166,20 @@ def make_adapters(student, teachers):
     return adapters
 
 
-def start_from_teacher(student, teachers, head=False):
+def start_from_teacher(student, teachers):
     """Copies a SegFormer teacher's encoder into a student of the same widths: embeddings, norms, and for each
     block of the student one of the teacher's, evenly chosen (as DistilBERT, Sanh et al. 2019, section 3).
 
-    head: the decode head too, see copy_head; the teacher's must be at least as wide."""
+    The head starts anew: with the channels of the teacher's that its classifier weighs most, and with other
+    choices of blocks, the score was the same (.github/RESULTS.md)."""
     def fits(teacher):
         return (isinstance(teacher, SegFormer) and isinstance(student, SegFormer)
-                and teacher.config.hidden_sizes == student.config.hidden_sizes
-                and (not head or teacher.config.decoder_hidden_size >= student.config.decoder_hidden_size))
+                and teacher.config.hidden_sizes == student.config.hidden_sizes)
 
     teacher = next((teacher for teacher in teachers if fits(teacher)), None)
     if teacher is None:
-        name, what = ("teacher-head", " and a head as wide") if head else ("teacher", "")
-        raise InputError(f"--init {name}: no teacher is a SegFormer with the student's widths{what}; use "
-                         "imagenet, random or a path")
+        raise InputError("--init teacher: no teacher is a SegFormer with the student's widths; use imagenet, "
+                         "random or a path")
     source = {old_key(key): value for key, value in teacher.state_dict().items()}
     state = student.state_dict()
     for key in state:
@@ -194,30 +192,6 @@ def start_from_teacher(student, teachers, head=False):
             parts[4] = str(round(block * (theirs - 1) / max(1, own - 1)))
         state[key] = source[".".join(parts)].clone()
     student.load_state_dict(state)
-    if head:
-        copy_head(student.decode_head, teacher)
-
-
-@torch.no_grad()
-def copy_head(head, teacher):
-    """The D fused channels of the teacher that its classifier weighs most, as the D channels of the student's
-    head: the product of linear and fuse weight goes into the student's linear layers, and its fuse weight is
-    four identities, so that each chosen channel is computed exactly."""
-    source, width = teacher.decode_head, len(head.linear_fuse.weight)
-    # each channel's column times what BatchNorm scales its unit variance to
-    importance = source.classifier.weight.flatten(1).norm(dim=0) * source.batch_norm.weight.abs()
-    chosen = importance.topk(width).indices.sort().values
-    weights, bias = teacher.merge_head()
-    linears = head_linears(head)
-    for linear, weight in zip(linears, weights, strict=True):
-        linear.proj.weight.copy_(weight[chosen].flatten(1))
-        linear.proj.bias.zero_()
-    linears[0].proj.bias.copy_(bias[chosen])
-    head.linear_fuse.weight.copy_(torch.eye(width).repeat(1, len(linears))[..., None, None])
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        getattr(head.batch_norm, name).copy_(getattr(source.batch_norm, name)[chosen])
-    head.classifier.weight.copy_(source.classifier.weight[:, chosen])
-    head.classifier.bias.copy_(source.classifier.bias)
 
 
 # ------------------------------------------------------------ the teacher cache
@@ -424,9 +398,9 @@ def make_parser():
     number = data.number
     parser = data.Parser(__doc__, "python distill.py --data DIR --T 2 --alpha 0.3:0.7 --cache-teachers")
     group = add_model_flags(parser, "segformer-b1")
-    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|teacher-head|PATH",
+    group.add_argument("--init", default="imagenet", metavar="imagenet|random|teacher|PATH",
                        help="the student's first weights, as in train_teacher.py; teacher: embeddings, norms "
-                       "and an even choice of a SegFormer teacher's blocks; teacher-head: its head too")
+                       "and an even choice of a SegFormer teacher's blocks")
     group.add_argument("--teachers", nargs="+", metavar="CKPT",
                        help="checkpoints, or SegFormer folders or hub names; without it, deep_lab.pth and "
                        "best_model.pth in --out")
@@ -473,17 +447,17 @@ def main(argv=()):
         return demo(args)
     with join_processes(args.device) as world:
         digests, teachers = [], []
-        if needs_teachers(args) or args.init in TEACHER_INITS:
+        if needs_teachers(args) or args.init == "teacher":
             digests, teachers = load_teachers(args)
         train, val, class_weight = open_data(args, world)
         name = "best_student" if args.arch == "segformer-b1" else f"student_{args.arch}"
         state = State(name, args, world, train, val, digests)                   # may refuse to go on
         torch.manual_seed(args.seed)
         init = "random" if state.saved else args.init         # saved weights replace the first ones
-        first = "random" if init in TEACHER_INITS else init
+        first = "random" if init == "teacher" else init
         student = build(args.arch, train.classes, first, args.init_partial)
-        if init in TEACHER_INITS:
-            start_from_teacher(student, [model for model, _ in teachers], init == "teacher-head")
+        if init == "teacher":
+            start_from_teacher(student, [model for model, _ in teachers])
         if args.init == "random" and not args.unlabelled and needs_teachers(args):
             world.print("note: from random weights, with a label on every image, these losses made no "
                         "student better than alone; --init teacher does, and so does --unlabelled DIR")

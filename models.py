@@ -140,7 +140,8 @@ class SegFormer(SegformerForSemanticSegmentation):
     def merge_head(self):
         """Four (D, width, 1, 1) weights and a (D,) bias, in float32: bf16 products lose digits."""
         head = self.decode_head
-        linears = head_linears(head)
+        # transformers 5 renamed them
+        linears = head.linear_c if hasattr(head, "linear_c") else head.linear_projections
         weights, bias = [], 0
         with torch.autocast(head.linear_fuse.weight.device.type, enabled=False):
             slices = head.linear_fuse.weight.flatten(1).chunk(len(linears), 1)
@@ -148,11 +149,6 @@ class SegFormer(SegformerForSemanticSegmentation):
                 weights.append((piece @ linear.proj.weight)[..., None, None])
                 bias = bias + piece @ linear.proj.bias
         return weights, bias
-
-
-def head_linears(head):
-    """The linear layers of SegFormer's head, one for each stage; transformers 5 renamed them."""
-    return head.linear_c if hasattr(head, "linear_c") else head.linear_projections
 
 
 def build(arch, classes, init="random", partial=False):

@@ -1839,61 +1839,6 @@ def test_init_teacher_copies_an_even_choice_of_blocks():
         distill.start_from_teacher(models.build("segformer-b0", data.DESERT), [teacher])
 
 
-def wide_teacher(depths=(2, 2, 2, 2)):
-    """A SegFormer as wide as B1 to B5 with B3's head and random norms."""
-    small = models.build("segformer-b1", data.DESERT).config
-    config = transformers.SegformerConfig(depths=list(depths), hidden_sizes=small.hidden_sizes,
-                                          decoder_hidden_size=768, id2label=small.id2label)
-    torch.manual_seed(3)
-    teacher = models.SegFormer(config).eval()
-    randomize_norms(teacher)
-    for linear in [m for m in teacher.decode_head.modules() if isinstance(m, nn.Linear)]:
-        nn.init.normal_(linear.bias)
-    return teacher
-
-
-def test_init_teacher_head_computes_the_chosen_channels_exactly():
-    """Where the classifier looks at no other channel, a student as deep as its teacher has its logits."""
-    teacher, student = wide_teacher(), models.build("segformer-b1", data.DESERT).eval()
-    used = torch.randperm(768)[:256]
-    unused = torch.ones(768, dtype=torch.bool)
-    unused[used] = False
-    teacher.decode_head.classifier.weight.data[:, unused] = 0
-    distill.start_from_teacher(student, [teacher], head=True)
-    x = torch.randn(2, 3, 64, 96)
-    with torch.no_grad():
-        expected = teacher(x)
-        assert expected.std() > 0.1 and torch.allclose(student(x), expected, atol=1e-4)
-    norm = teacher.decode_head.batch_norm.weight[used.sort().values]
-    assert torch.equal(student.decode_head.batch_norm.weight, norm)
-
-
-def test_init_teacher_head_takes_the_channels_of_largest_weight_and_the_encoder_of_init_teacher():
-    teacher = wide_teacher((3, 4, 18, 3))
-    classifier, norm = teacher.decode_head.classifier.weight.data, teacher.decode_head.batch_norm.weight.data
-    norm[:300], classifier[:, 300:] = norm[:300] * 1e3, classifier[:, 300:] * 1e-3
-    classifier[:, :44] = 0
-    torch.manual_seed(0)
-    student = models.build("segformer-b1", data.DESERT)
-    plain = copy.deepcopy(student)
-    distill.start_from_teacher(student, [teacher], head=True)
-    distill.start_from_teacher(plain, [teacher])
-    assert torch.equal(student.decode_head.classifier.weight, classifier[:, 44:300])
-    assert states_equal(student.segformer.state_dict(), plain.segformer.state_dict())
-    narrow, wide = models.build("segformer-b1", data.DESERT), models.build("segformer-b2", data.DESERT)
-    with pytest.raises(data.InputError, match="--init teacher-head: .* a head as wide"):
-        distill.start_from_teacher(wide, [narrow], head=True)
-    distill.start_from_teacher(wide, [narrow])
-
-
-def test_init_teacher_head_on_the_command_line(trained, scenes, tmp_path):
-    common = {**B0, "data": scenes, "out": tmp_path, "alpha": 0, "steps": 1, "lr": 1e-12}
-    student, _ = distill.main(flags(**{**common, "init": "teacher-head"}, teachers=trained[1]))
-    teacher, _ = models.load_model(trained[1][1])
-    own, theirs = student.decode_head.classifier.weight, teacher.decode_head.classifier.weight
-    assert torch.allclose(own, theirs, atol=1e-6)
-
-
 def test_hard_weight_constant_keeps_the_hard_loss_whole(trained, scenes, tmp_path):
     for how, share in (("ramp", 0.5), ("constant", 1.0)):
         changes = {"out": tmp_path / how, "alpha": 0.5, "hard_weight": how}
