@@ -137,8 +137,8 @@ def make_ask_teachers(args, world, train, digests, teachers):
     if args.cache_teachers:
         files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in train.images]
         key = {"teachers": digests, "weights": weights.tolist(), "average": args.average, "size": args.size,
-               "scale": args.cache_scale, "data": train.digest, "images": files, "precision": str(dtype)}
-        cache = TeacherCache(args.out, key, train, args.size, args.cache_scale)
+               "data": train.digest, "images": files, "precision": str(dtype)}
+        cache = TeacherCache(args.out, key, train, args.size)
         cache.build(ensemble, world, dtype, args.workers)
         return lambda batch: (cache.crops(batch), [])
     network = torch.compile(ensemble) if args.compile else ensemble
@@ -199,12 +199,11 @@ class TeacherCache:
     """The ensemble's logits of every whole training image, float16 at stride 4, in one memory-mapped file.
 
     `key` names all that the maps depend on; a cache with another key is replaced. Teachers see the whole
-    clean image here, not the jittered crop. scale: they see it that many times larger, and mirrored too; the
-    maps are averaged down to the same grid."""
+    clean image here, not the jittered crop."""
 
-    def __init__(self, folder, key, split, size, scale=1):
+    def __init__(self, folder, key, split, size):
         self.folder, self.key, self.split = Path(folder), as_json(key), split
-        self.size, self.scale = size, scale
+        self.size = size
         self.shapes = []
         for image_size in split.sizes:
             width, height = data.eval_size(*image_size, size)
@@ -216,7 +215,7 @@ class TeacherCache:
         """Computes the missing maps, split over the processes; an interrupted build resumes here."""
         todo = self.open(world)
         mine = todo[world.rank::world.size]
-        dataset = data.EvalDataset(self.split, [self.size * self.scale])
+        dataset = data.EvalDataset(self.split, [self.size])
         images = data.load(dataset, mine, workers, world.device.type == "cuda") if mine else ()
         start = 0.0
         for n, (index, (image,), _) in enumerate(data.progress_bar(images, "teachers", len(mine))):
@@ -227,8 +226,7 @@ class TeacherCache:
                 world.print(f"teacher cache: {len(todo)} of {len(self.shapes)} images to compute, "
                             f"{2 * self.starts[-1] / 1e6:.0f} MB in {self.folder}, about {minutes:.1f} "
                             "minutes, once")
-            z = compute_logits(ensemble, image, dtype, self.scale > 1)
-            z = F.interpolate(z, self.shapes[index][1:], mode="area")[0]  # changes nothing at scale 1
+            z = compute_logits(ensemble, image, dtype)[0]
             z = z.clamp(-6e4, 6e4)                            # float16 ends at 65504
             self.values[self.starts[index]:self.starts[index + 1]] = z.cpu().half().numpy().ravel()
             self.done[index] = 1
@@ -427,8 +425,6 @@ def make_parser():
                        help="weight of attention transfer (Zagoruyko and Komodakis 2017)")
     group.add_argument("--cache-teachers", action="store_true",
                        help="teachers see each whole image once; their maps are warped like the crops")
-    group.add_argument("--cache-scale", type=number(int, 1, 4), default=1, metavar="N",
-                       help="cached teachers see images N times as large, and mirrored too from 2 on")
     train_teacher.add_train_flags(parser)
     group = parser.add_argument_group("images without labels")
     group.add_argument("--unlabelled", nargs="+", default=[], metavar="DIR",

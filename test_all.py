@@ -1500,20 +1500,6 @@ def test_cache_resumes_and_is_rebuilt_when_stale(squares, tmp_path, monkeypatch)
     assert np.isfinite(first).all() and (first != 0).any()
 
 
-def test_cache_at_twice_the_scale_is_the_mean_over_mirror_and_cells(squares, tmp_path):
-    torch.manual_seed(0)
-    model = models.build("segformer-b0", data.DESERT).eval()
-    cache = distill.TeacherCache(tmp_path, {}, squares, 96, scale=2)
-    cache.build(model, ALONE, None, 0)
-    image = data.eval_image(squares.read(1)[0], 192)
-    with torch.no_grad():
-        x = data.normalize(image)
-        z = (model(x) + model(x.flip(3)).flip(3)) / 2                                # (1, 10, 48, 48)
-    expected = z.unflatten(3, (24, 2)).unflatten(2, (24, 2)).mean((3, 5))
-    found = torch.from_numpy(cache.values[cache.starts[1]:cache.starts[2]].astype(np.float32))
-    assert torch.allclose(found.view(expected.shape), expected, atol=2e-3)
-
-
 def test_room_for_a_cache_is_looked_for_after_the_old_one_is_gone(squares, tmp_path, monkeypatch):
     """A disk that holds one cache and no second one."""
     torch.manual_seed(0)
