@@ -1987,6 +1987,24 @@ def test_settings_may_change_where_nothing_was_trained_yet(scenes, tmp_path, mon
     assert history[-1]["step"] == 2
 
 
+def test_the_way_on_that_a_failed_run_names_works(scenes, tmp_path, monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    common = {"data": scenes, **B0, "steps": 4}
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, out_of_memory)
+        with pytest.raises(data.RunError) as error:
+            train_teacher.main(flags(**common, out=tmp_path / "a", save_minutes=0))
+    last = tmp_path / "a" / "checkpoints" / "segformer-b0.pth"
+    assert str(error.value).endswith(f"with --init {last}, the last saved state, and another --out")
+    assert torch.load(last, weights_only=True)["training"]["step"] == 2
+    common["batch_size"] = 2
+    with pytest.raises(data.InputError, match="--batch-size"):
+        train_teacher.main(flags(**common, out=tmp_path / "a"))
+    _, history = train_teacher.main(flags(**{**common, "out": tmp_path / "b", "init": last}))
+    assert history[-1]["step"] == 4
+
+
 def test_resuming_needs_no_first_weights(scenes, trained, tmp_path, capsys):
     shutil.copy(trained[1][1], tmp_path / "first.pth")
     argv = flags(**{"data": scenes, **B0, "out": tmp_path, "steps": 2, "init": tmp_path / "first.pth"})

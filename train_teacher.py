@@ -92,7 +92,7 @@ def fit(model, state, prepare, loss_fn, train, val, class_weight, args, world, a
         if record["loss"] is None and state.step == total:
             raise RunError(f"{state.name}: none of the {record['skipped']:.0f} gradients of the last epoch "
                            "was finite; lower --lr or the weights of the losses, or use --amp off or bf16, "
-                           f"with --init {state.last_path}, the last saved state, and another --out")
+                           f"{state.way_on()}")
         scores = None
         if record["epoch"] % args.eval_every == 0 or state.step == total:
             with signals.raised_at_once(world.size == 1):     # several processes must stop at the same step
@@ -392,6 +392,10 @@ class State:
         save_model(path, self.model, **self.meta, epoch=last.get("epoch", 0), val_miou=last.get("val_miou"),
                    val_iou=last.get("val_iou") or {}, **extra)
 
+    def way_on(self):
+        """The end of a message that asks for other settings, which resuming would refuse."""
+        return f"with --init {self.last_path}, the last saved state, and another --out"
+
     def result(self):
         return f"last mIoU {self.history[-1]['val_miou']:.4f}, best {self.best:.4f}"
 
@@ -612,7 +616,7 @@ def nonfinite_error(state, parts, batches, train):
     names = [train.images[n].name for batch in batches for n in batch.indices.tolist()]
     return RunError(f"{state.name}: the last {CHECK_EVERY} gradients or more were not finite, stopped at "
                     f"step {state.step} ({values}; images {' '.join(names)}); lower --lr or use --amp off or "
-                    f"bf16, with --init {state.last_path}, the last good state, and another --out")
+                    f"bf16, {state.way_on()}")
 
 
 @contextlib.contextmanager
@@ -623,10 +627,9 @@ def out_of_memory_error(args, state):
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "allocate memory" not in str(error):
             raise
-        after = f". What was saved is kept: name --init {state.last_path} and another --out"
         raise RunError(f"out of memory with --batch-size {args.batch_size} --size {args.size}; lower them, "
-                       f"and raise --accumulate (now {args.accumulate}) to keep the batch"
-                       f"{after if state.step else ''}") from None
+                       f"and raise --accumulate (now {args.accumulate}) to keep the batch, {state.way_on()}"
+                       ) from None
 
 
 def open_data(args, world):
